@@ -1,0 +1,45 @@
+# `make demo` and `make test` each do everything from a bare checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := $(VENV)/built
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: venv demo test lint format bench gpu clean
+
+venv: $(BUILT)
+
+# The tools first, so that the package builds against the PyTorch installed here.
+$(BUILT): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev]"
+	touch $@
+
+demo: venv
+	$(BIN)/gptj-q8 demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: venv
+	$(BIN)/python -m benchmarks.bench_linear
+
+# For a machine with a GPU and its Python packages but no network: uses that Python, not .venv.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info gptj_q8/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""GPT-J in 8 bits: block-wise nonlinear codes, decoded inside the matrix product.
+
+Importing this package registers its ops with PyTorch and its quantizer with Transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from gptj_q8 import ops
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `import gptj_q8` stays quick.
+_HOMES = {
+    "Q8Embedding": "gptj_q8.nn",
+    "Q8Linear": "gptj_q8.nn",
+}
+__all__ = [*_HOMES, "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")

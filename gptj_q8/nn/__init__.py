@@ -1,0 +1,6 @@
+"""Modules with 8-bit weights that stand in for PyTorch's."""
+
+from gptj_q8.nn.embedding import Q8Embedding
+from gptj_q8.nn.linear import Q8Linear
+
+__all__ = ["Q8Embedding", "Q8Linear"]

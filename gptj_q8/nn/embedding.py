@@ -1,0 +1,75 @@
+"""Q8Embedding: nn.Embedding with an 8-bit table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gptj_q8 import ops
+from gptj_q8.nn.quantized import QuantizedWeight
+
+
+class Q8Embedding(QuantizedWeight, nn.Embedding):
+    """rows[..., K] = w[ids[...]], decoding only the rows asked for, in `dtype`.
+
+    The table is frozen, so `scale_grad_by_freq` and `sparse` have nothing to act on; they are kept
+    for code that reads them. `max_norm`, which changes the table, is refused.
+    A fresh module is an empty shell for loading; `from_float` quantizes.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        block_size: int = 256,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if max_norm is not None:
+            raise ValueError(
+                f"Q8Embedding: max_norm changes the table and is not supported, got {max_norm}"
+            )
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
+        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
+        self._make_parts((num_embeddings, embedding_dim), block_size, dtype, device)
+
+    @classmethod
+    def from_float(
+        cls, embedding: nn.Embedding, codebook: str = "fitted", block_size: int = 256
+    ) -> Q8Embedding:
+        """Quantizes an embedding module; keeps its training flag.
+
+        Raises ValueError for NaN or Inf in the weight and for max_norm.
+        """
+        weight = embedding.weight.detach()
+        module = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            embedding.max_norm,
+            embedding.norm_type,
+            embedding.scale_grad_by_freq,
+            embedding.sparse,
+            block_size=block_size,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        module._quantize_parts(weight, codebook)
+        return module.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 or int32 [...] -> [..., embedding_dim]. Raises IndexError out of range."""
+        return ops.embedding(
+            ids, self.codes, self.absmax, self.codebook, self.block_size, self.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{nn.Embedding.extra_repr(self)}, block_size={self.block_size}, dtype={self.dtype}"

@@ -1,0 +1,171 @@
+"""What Q8Linear and Q8Embedding share: the parts of a quantized weight and their care."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptj_q8 import checks, ops
+from gptj_q8.codebooks import CODEBOOKS, check_codebook
+from gptj_q8.nn.weight import LazyWeight
+
+HIVEMIND_NAMES = {"codes": "weight", "absmax": "absmax", "codebook": "code"}
+"""Our names and those of the hivemind/gpt-j-6B-8bit family."""
+
+
+class FrozenCodes(nn.Parameter):
+    """A uint8 Parameter that stays frozen: requires_grad cannot be switched on.
+
+    So `model.requires_grad_(True)`, which PyTorch refuses for integers, reaches the others.
+    """
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenCodes:
+        return self
+
+
+class QuantizedWeight(nn.Module):
+    """A module's weight as codes, absmax and codebook; mixed in before the PyTorch module.
+
+    codes: frozen uint8 Parameter [N, K]. absmax: float32 buffer [ceil(N * K / block_size)].
+    codebook: float32 buffer [256]. dtype: what `weight` decodes to.
+    """
+
+    codes: FrozenCodes
+    absmax: Tensor
+    codebook: Tensor
+    block_size: int
+    dtype: torch.dtype
+
+    def _make_parts(
+        self,
+        shape: tuple[int, int],
+        block_size: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """An empty shell, to be filled by loading. Raises ValueError or TypeError."""
+        name = type(self).__name__
+        checks.block_size_is_valid(name, block_size)
+        self.block_size, self.dtype = block_size, dtype or torch.get_default_dtype()
+        checks.float_dtype(name, self.dtype)
+        blocks = -(-shape[0] * shape[1] // block_size)
+        self.codes = FrozenCodes(
+            torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False
+        )
+        self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.float32, device=device))
+        self.register_buffer("codebook", torch.zeros(256, dtype=torch.float32, device=device))
+
+    def _quantize_parts(self, weight: Tensor, codebook: str) -> None:
+        """Fills the parts from a float weight. Raises ValueError for NaN, Inf, an unknown name."""
+        if codebook not in CODEBOOKS:
+            raise ValueError(f"no codebook {codebook!r}, there are {', '.join(CODEBOOKS)}")
+        self.codebook = CODEBOOKS[codebook](weight, self.block_size)
+        codes, self.absmax = ops.quantize(weight, self.codebook, self.block_size)
+        self.codes = FrozenCodes(codes, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight, read-only, decoded when first computed with (see `LazyWeight`)."""
+        if torch.compiler.is_compiling():  # the compiler traces plain tensors
+            return self.dequantize()
+        return LazyWeight(self.dequantize, self.codes.shape, self.dtype, self.codes.device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError(
+            f"{type(self).__name__}.weight is read-only; build a new module with from_float instead"
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weight as a plain tensor of `self.dtype`, in the shape of codes."""
+        return ops.dequantize(self.codes, self.absmax, self.codebook, self.block_size, self.dtype)
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError(f"{type(self).__name__} cannot be initialized, only loaded or quantized")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Keeps codes frozen for those who rebuild parameters, as loaders and pickle do."""
+        if name == "codes" and param is not None and not isinstance(param, FrozenCodes):
+            param = FrozenCodes(param.data, requires_grad=False)
+        super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.register_parameter("codes", self._parameters["codes"])
+
+    def _parts(self) -> Iterator[Tensor]:
+        yield from (self.codes, self.absmax, self.codebook)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves like any module, but codes and scales keep their dtypes, and `dtype` follows."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        checks.float_dtype(type(self).__name__, dtype)
+        parts = list(self._parts())
+
+        def keep_part_dtypes(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype != tensor.dtype and any(tensor is part for part in parts):
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep_part_dtypes, recurse)
+        self.register_parameter("codes", self._parameters["codes"])  # PyTorch may have rebuilt it
+        self.dtype = dtype
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Also takes the seed's names, and refuses values that cannot be right."""
+        if prefix + "codes" not in state_dict and prefix + "weight" in state_dict:
+            for ours, theirs in HIVEMIND_NAMES.items():
+                if prefix + theirs in state_dict:
+                    state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        try:
+            check_stored_parts(prefix.rstrip(".") or type(self).__name__, state_dict, prefix)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        for name in ("absmax", "codebook"):  # the seed's may be float16
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].float()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
+    """Checks the values of a stored weight's parts, those of them that are there.
+
+    TypeError for codes that are not uint8; ValueError for a NaN, Inf or negative scale and for a
+    codebook that is not 256 sorted values in [-1, 1]. The sentences begin with `name`.
+    """
+    codes, absmax, codebook = (tensors.get(prefix + part) for part in HIVEMIND_NAMES)
+    if codes is not None and codes.dtype != torch.uint8:
+        raise TypeError(
+            f"{name}: codes must be uint8, got {str(codes.dtype).removeprefix('torch.')}"
+        )
+    if absmax is not None:
+        checks.finite(name, "absmax", absmax)
+        if absmax.numel() and absmax.min() < 0:
+            raise ValueError(f"{name}: absmax must not be negative, got {float(absmax.min())}")
+    if codebook is not None:
+        check_codebook(codebook.float(), name)

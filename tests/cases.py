@@ -1,0 +1,105 @@
+"""Quantized weights to test with, decoded by NumPy, and the backends to test on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gptj_q8 import backends, codebooks
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK_SIZES = [32, 64, 256, 4096]
+
+
+@dataclass
+class Quantized:
+    """A random quantized matrix [n, k] and its truth, decoded here and in float64."""
+
+    codes: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    block_size: int
+    truth: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes, self.absmax, self.codebook
+
+    def to(self, device: torch.device) -> Quantized:
+        moved = [part.to(device) for part in self.parts]
+        return Quantized(*moved, self.block_size, self.truth.to(device))
+
+
+def random_quantized(
+    n: int, k: int, block_size: int, codebook: str = "dynamic", seed: int = 0
+) -> Quantized:
+    """Codes and scales drawn at random; the scales span a factor of 100, some are 0."""
+    generator = np.random.default_rng([seed, n, k, block_size])
+    codes = generator.integers(0, 256, (n, k), dtype=np.uint8)
+    blocks = -(-n * k // block_size)
+    absmax = np.exp(generator.uniform(-4.6, 0, blocks)).astype(np.float32)
+    absmax[generator.random(blocks) < 0.1 * (blocks > 3)] = 0
+    table = TABLES[codebook]()
+    decoded = table.numpy()[codes.ravel()] * np.repeat(absmax, block_size)[: n * k]
+    return Quantized(
+        torch.from_numpy(codes),
+        torch.from_numpy(absmax),
+        table,
+        block_size,
+        torch.from_numpy(decoded.astype(np.float64)).view(n, k),
+    )
+
+
+def _gaussian_levels() -> Tensor:
+    """256 levels as `fitted` would choose: bfloat16 values, denser around 0."""
+    steps = torch.linspace(-1, 1, 255, dtype=torch.float64)
+    levels = (steps.sign() * steps.abs() ** 1.5).to(torch.bfloat16).float()
+    return torch.cat([levels, torch.zeros(1)]).sort().values
+
+
+def _arbitrary_levels() -> Tensor:
+    """256 levels that no 16-bit dtype holds exactly."""
+    levels = torch.linspace(-1, 1, 255, dtype=torch.float64) * 0.987654321
+    return torch.cat([levels.float(), torch.zeros(1)]).sort().values
+
+
+TABLES = {
+    "dynamic": codebooks.dynamic,
+    "gaussian": _gaussian_levels,
+    "arbitrary": _arbitrary_levels,
+}
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """||actual - truth|| / ||truth||, and 0 for 0 / 0. float64."""
+    error = (actual.double() - truth).norm().item()
+    return error / truth.norm().item() if error else 0.0
+
+
+def backend_ids() -> list[str]:
+    """Every backend, and for `cpu` every instruction set of this machine: "cpu:avx512"."""
+    ids = []
+    for name in backends.NAMES:
+        variants = getattr(backends.load(name), "variants", None)
+        usable = backends.unavailable(name) is None
+        ids += [f"{name}:{each}" for each in variants()] if usable and variants else [name]
+    return ids
+
+
+@contextlib.contextmanager
+def forced(backend_id: str) -> Iterator[None]:
+    """Runs every op in one backend, or skips the test with the reason why it cannot."""
+    name, _, variant = backend_id.partition(":")
+    if reason := backends.unavailable(name):
+        pytest.skip(f"{name}: {reason}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backends.use(name))
+        if variant:
+            stack.enter_context(backends.load(name).use_variant(variant))
+        yield

@@ -1,0 +1,96 @@
+"""Arrows point one way, from the command line down to the compiled code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gptj_q8
+
+PACKAGE = Path(gptj_q8.__file__).parent
+# From the ground up. A module may import from its own floor and from those below it.
+FLOORS = [
+    {"codebooks", "backends"},
+    {"checks"},
+    {"ops"},
+    {"config", "nn", "models", "convert", "shards"},
+    {
+        "hf",
+        "lora",
+        "optim",
+        "evaluate",
+        "train",
+        "generate",
+        "memory",
+        "tune",
+        "doctor",
+        "hivemind",
+    },
+    {"demo", "cli", "__main__"},
+]
+# Free for all: it imports nothing but ops when loaded, the rest when asked.
+ROOT = "__init__"
+
+
+def floor_of(module: str) -> int:
+    for height, floor in enumerate(FLOORS):
+        if module in floor:
+            return height
+    raise AssertionError(f"gptj_q8.{module} stands on no floor: add it to FLOORS")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of gptj_q8 that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("gptj_q8.")}
+    return {
+        name for name in found if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()
+    }
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module == ROOT:
+            continue
+        for imported in imported_modules(path):
+            if imported != module and floor_of(imported) > floor_of(module):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports gptj_q8.{imported}, above it")
+    assert not wrong
+
+
+def test_only_the_files_for_gptj_name_it() -> None:
+    allowed = {"models", "demo", "hivemind.py", "cli"}
+    naming = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if any(
+            word in path.read_text()
+            for word in ("GPTJ", "modeling_gptj", "transformers.models.gptj")
+        )
+    }
+    assert naming <= allowed
+
+
+def test_importing_the_package_is_light() -> None:
+    """It must not pull in what only some commands need."""
+    heavy = {"transformers", "peft", "accelerate", "datasets", "matplotlib", "typer", "rich"}
+    code = (
+        "import sys, torch; before = set(sys.modules); import gptj_q8; "
+        "print(*(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not heavy & set(result.stdout.split())

@@ -1,0 +1,358 @@
+"""Q8Linear and Q8Embedding: what PyTorch code does with modules, and the guarded weight."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptj_q8 import Q8Embedding, Q8Linear, backends
+from gptj_q8.nn.quantized import FrozenCodes
+from gptj_q8.nn.weight import LazyWeight
+
+# How a module keeps, moves or rebuilds: each must leave it as it was.
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "to cpu": lambda module: module.to("cpu"),
+    "swap": lambda module: nn.Sequential(module)[0],
+}
+
+
+def linear(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Q8Linear]:
+    torch.manual_seed(0)
+    float_module = nn.Linear(100, 70, dtype=dtype)
+    return float_module, Q8Linear.from_float(float_module, "dynamic", 64)
+
+
+def embedding(dtype: torch.dtype = torch.float32) -> tuple[nn.Embedding, Q8Embedding]:
+    torch.manual_seed(0)
+    float_module = nn.Embedding(50, 40, padding_idx=3, dtype=dtype)
+    return float_module, Q8Embedding.from_float(float_module, "dynamic", 32)
+
+
+@contextlib.contextmanager
+def decodes() -> Iterator[list[str]]:
+    """The calls of `dequantize` that reach a backend, wherever they come from."""
+    calls: list[str] = []
+
+    def spy(op: str, *rest: Any) -> Any:
+        if op == "dequantize":
+            calls.append(op)
+        return original(op, *rest)
+
+    original, backends.call = backends.call, spy
+    try:
+        yield calls
+    finally:
+        backends.call = original
+
+
+def test_linear_computes_with_the_quantized_weight() -> None:
+    float_module, module = linear()
+    x = torch.randn(2, 3, 100)
+    decoded = module.dequantize()
+    assert 0 < (decoded - float_module.weight).norm() / float_module.weight.norm() < 0.02
+    torch.testing.assert_close(module(x), F.linear(x, decoded, float_module.bias))
+    assert module.bias is float_module.bias
+    assert Q8Linear.from_float(nn.Linear(8, 4, bias=False)).bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_embedding_gives_the_decoded_rows(dtype: torch.dtype) -> None:
+    _, module = embedding(dtype)
+    ids = torch.tensor([[0, 49], [3, 7]])
+    assert torch.equal(module(ids), F.embedding(ids, module.dequantize()))
+    assert module(ids).dtype == dtype
+    with decodes() as calls:
+        module(ids)
+    assert not calls
+
+
+def test_the_module_keeps_what_it_replaces_looked_like() -> None:
+    _, module = linear(torch.bfloat16)
+    assert isinstance(module, nn.Linear)
+    assert str(module) == (
+        "Q8Linear(in_features=100, out_features=70, bias=True, block_size=64, dtype=torch.bfloat16)"
+    )
+    _, table = embedding()
+    assert isinstance(table, nn.Embedding)
+    assert str(table) == "Q8Embedding(50, 40, padding_idx=3, block_size=32, dtype=torch.float32)"
+    assert (table.norm_type, table.scale_grad_by_freq, table.sparse) == (2.0, False, False)
+    assert not Q8Linear.from_float(nn.Linear(8, 8).eval()).training
+    with pytest.raises(ValueError, match="max_norm changes the table"):
+        Q8Embedding.from_float(nn.Embedding(5, 8, max_norm=1.0))
+
+
+def test_a_bad_weight_is_refused() -> None:
+    float_module = nn.Linear(100, 70)
+    float_module.weight.data[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="weight has 1 NaN or Inf values"):
+        Q8Linear.from_float(float_module)
+    with pytest.raises(ValueError, match="no codebook 'nf4', there are"):
+        Q8Linear.from_float(nn.Linear(4, 4), "nf4")
+    with pytest.raises(ValueError, match="block_size must be a power of two"):
+        Q8Linear(4, 4, block_size=100)
+    with pytest.raises(TypeError, match="Q8Linear: dtype must be float32 or"):
+        Q8Linear(4, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [linear, embedding])
+@pytest.mark.parametrize("keep", COPIES.values(), ids=COPIES)
+def test_copies_are_exact(keep: Any, make: Any) -> None:
+    module = make()[1]
+    copied = keep(module)
+    assert isinstance(copied.codes, FrozenCodes)
+    assert (copied.block_size, copied.dtype) == (module.block_size, module.dtype)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("make", [linear, embedding])
+def test_state_dict_round_trip(make: Any) -> None:
+    module = make()[1]
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    assert {"codes", "absmax", "codebook"} <= set(stored) <= {"codes", "absmax", "codebook", "bias"}
+    for assign in (False, True):
+        fresh = copy.deepcopy(module)
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+        fresh.load_state_dict(stored, assign=assign)
+        assert torch.equal(fresh.weight, module.weight)
+        assert isinstance(fresh.codes, FrozenCodes)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16], ids=str)
+def test_the_seeds_names_load_too(scales: torch.dtype, assign: bool) -> None:
+    module = linear()[1]
+    old = {
+        "weight": module.codes.data,
+        "absmax": module.absmax.to(scales),
+        "code": module.codebook.to(scales),
+        "bias": module.bias.data,
+    }
+    fresh = Q8Linear(100, 70, block_size=64)
+    fresh.load_state_dict(old, assign=assign)
+    assert (fresh.absmax.dtype, fresh.codebook.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(fresh.codes, module.codes)
+    assert torch.equal(fresh.absmax, module.absmax.to(scales).float())
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("0.codebook", lambda t: t.flip(0), "0: codebook must be sorted"),
+        ("0.codebook", lambda t: t.index_fill(0, torch.tensor(9), torch.nan), "0: codebook"),
+        (
+            "0.absmax",
+            lambda t: t.index_fill(0, torch.tensor(9), torch.inf),
+            "0: absmax has 1 NaN or",
+        ),
+        ("0.absmax", lambda t: -t, "0: absmax must not be negative"),
+        ("0.absmax", lambda t: t[:-1], "size mismatch for 0.absmax"),
+        ("0.codes", lambda t: t.float(), "0: codes must be uint8, got float32"),
+        ("0.codes", lambda t: t[:, :-1], "size mismatch for 0.codes"),
+    ],
+)
+def test_bad_state_dicts_are_refused(key: str, change: Any, message: str) -> None:
+    model = nn.Sequential(linear()[1])
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored[key] = change(stored[key])
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("how", ["to", "type", "method"])
+def test_scales_keep_their_dtype(dtype: torch.dtype, how: str) -> None:
+    module = nn.Sequential(linear()[1])
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    if how == "method":
+        short = {torch.bfloat16: "bfloat16", torch.float16: "half", torch.float32: "float"}[dtype]
+        getattr(module, short)()
+    else:
+        getattr(module, how)(dtype)
+    assert module[0].dtype == module[0].weight.dtype == module[0].bias.dtype == dtype
+    for name in ("0.codes", "0.absmax", "0.codebook"):
+        assert torch.equal(module.state_dict()[name], before[name])
+        assert module.state_dict()[name].dtype == before[name].dtype
+
+
+def test_float64_is_refused_and_changes_nothing() -> None:
+    module = linear()[1]
+    with pytest.raises(TypeError, match="Q8Linear: dtype must be"):
+        module.double()
+    assert module.bias.dtype == torch.float32
+
+
+def test_requires_grad_reaches_the_bias_only() -> None:
+    module = nn.Sequential(linear()[1]).requires_grad_(True)
+    for parameter in module.parameters():
+        parameter.requires_grad = True
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["0.bias"]
+
+
+def test_meta_device_and_back() -> None:
+    module = linear()[1]
+    shell = copy.deepcopy(module).to("meta")
+    assert isinstance(shell.codes, FrozenCodes)
+    assert shell(torch.empty(5, 100, device="meta")).shape == (5, 70)
+    loaded = shell.to_empty(device="cpu")
+    loaded.load_state_dict(module.state_dict())
+    x = torch.randn(5, 100)
+    assert torch.equal(loaded(x), module(x))
+    with torch.device("meta"):
+        assert Q8Linear(4, 4).absmax.is_meta
+
+
+def test_to_the_tests_device(device: torch.device) -> None:
+    module, x = linear()[1], torch.randn(5, 100)
+    expected = module(x)
+    torch.testing.assert_close(module.to(device)(x.to(device)).cpu(), expected)
+    assert module.absmax.device.type == device.type
+
+
+def test_the_weight_answers_without_decoding() -> None:
+    module = linear(torch.bfloat16)[1]
+    with decodes() as calls:
+        weight = module.weight
+        assert (weight.shape, weight.dtype, weight.device) == (
+            (70, 100),
+            torch.bfloat16,
+            module.codes.device,
+        )
+        assert not weight.requires_grad
+        assert not weight.data.detach().requires_grad
+        assert (weight.numel(), weight.dim(), weight.stride(), len(weight)) == (
+            7000,
+            2,
+            (100, 1),
+            70,
+        )
+        assert "LazyWeight" in repr(weight)
+        weight.requires_grad = False
+        weight.requires_grad_(False)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w + 0,
+        lambda w: w.clone(),
+        lambda w: w.T.T,
+        lambda w: w[:],
+        lambda w: w.float(),
+        lambda w: torch.cat([w]),
+        lambda w: torch.from_numpy(w.numpy().copy()),
+        lambda w: torch.tensor(w.tolist()),
+        lambda w: copy.deepcopy(w),
+        lambda w: pickle.loads(pickle.dumps(w)),
+        lambda w: F.linear(torch.eye(100), w).T,
+        lambda w: F.embedding(torch.arange(70), w),
+        lambda w: torch.stack(list(w.unbind())),
+    ],
+)
+def test_the_weight_decodes_once_when_read(read: Any) -> None:
+    module = linear()[1]
+    with decodes() as calls:
+        assert torch.equal(read(module.weight), module.dequantize())
+    assert len(calls) == 2, "once for the weight, once for dequantize()"
+
+
+def test_gradients_pass_through_the_weight() -> None:
+    module, x = linear()[1], torch.randn(5, 100, requires_grad=True)
+    F.linear(x, module.weight, module.bias).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize().sum(0).expand(5, 100))
+
+
+OTHER = torch.zeros(70, 100)
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "copy_": lambda w: w.copy_(OTHER),
+    "+=": lambda w: w.__iadd__(1),
+    "[]=": lambda w: w.__setitem__(0, 1.0),
+    ".data=": lambda w: setattr(w, "data", OTHER),
+    ".data.copy_": lambda w: w.data.copy_(OTHER),
+    ".data[]=": lambda w: w.data.__setitem__(0, 1.0),
+    ".grad=": lambda w: setattr(w, "grad", OTHER),
+    "out=": lambda w: torch.add(OTHER, 1, out=w),
+    "detach().mul_": lambda w: w.detach().mul_(2),
+    "t().copy_": lambda w: w.t().copy_(OTHER.t()),
+    "T[]=": lambda w: w.T.__setitem__(0, 1.0),
+    "[0].zero_": lambda w: w[0].zero_(),
+    "view(-1)[]=": lambda w: w.view(-1).__setitem__(0, 1.0),
+    "chunk": lambda w: w.chunk(2)[0].zero_(),
+    "unbind": lambda w: w.unbind()[0].zero_(),
+    "contiguous().zero_": lambda w: w.contiguous().zero_(),
+    "same to().zero_": lambda w: w.to(torch.float32).zero_(),
+    "nn.init": lambda w: nn.init.normal_(w),
+    "foreach": lambda w: torch._foreach_add_([w], 1),
+    "index_put_": lambda w: w.index_put_((torch.tensor([0]),), torch.tensor([1.0])),
+    "set_": lambda w: w.set_(OTHER),
+    "resize_": lambda w: w.resize_(3),
+    "apply_": lambda w: w.apply_(lambda value: value),
+    "numpy": lambda w: w.numpy().fill(0),
+    "storage": lambda w: w.untyped_storage().fill_(0),
+    "data_ptr": lambda w: w.data_ptr(),
+    "share_memory_": lambda w: w.share_memory_(),
+    "requires_grad_": lambda w: w.requires_grad_(),
+    ".requires_grad=": lambda w: setattr(w, "requires_grad", True),
+    "max_norm": lambda w: F.embedding(torch.tensor([1]), w, max_norm=0.1),
+    "optimizer": lambda w: torch.optim.SGD([nn.Parameter(w)], lr=1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changing_the_weight_raises(change: Callable[[Tensor], Any]) -> None:
+    module = linear()[1]
+    weight = module.weight
+    before = module.dequantize()
+    with pytest.raises((RuntimeError, ValueError), match="read-only"):
+        change(weight)
+    assert torch.equal(weight + 0, before)
+
+
+def test_assigning_a_weight_raises() -> None:
+    module = linear()[1]
+    with pytest.raises(AttributeError, match=r"Q8Linear\.weight is read-only"):
+        module.weight = OTHER
+    with pytest.raises(KeyError, match="already exists"):
+        module.weight = nn.Parameter(OTHER)
+    with pytest.raises(RuntimeError, match="cannot be initialized, only loaded or quantized"):
+        module.reset_parameters()
+
+
+def test_a_compiled_function_may_read_the_weight() -> None:
+    module, x = linear()[1], torch.randn(5, 100)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: module(x) + F.linear(x, module.weight), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), module(x) + F.linear(x, module.dequantize()))
+
+
+def test_peft_adds_adapters_without_decoding() -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential()
+    model.add_module("proj", linear()[1])
+    model.add_module("wte", embedding()[1])
+    config = peft.LoraConfig(r=4, target_modules=["proj", "wte"])
+    with decodes() as calls:
+        adapted = peft.get_peft_model(model, config)
+    assert not calls
+    assert isinstance(adapted.base_model.model.proj.weight, LazyWeight)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(names) == 4
+    assert all("lora_" in name for name in names)
