@@ -52,7 +52,7 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
 def histogram(weight: Tensor, block_size: int, bins: int) -> Tensor:
     """Histogram of w / absmax over [-1, 1], weighted by the squared scale: int64[bins].
 
-    An element of block b adds rint((absmax[b] / max(absmax))^2 * 2^20) to its bin, of equal widths.
+    An element of block b adds rint((absmax[b] / max(absmax))^2 * 2^30) to its bin, of equal widths.
     Integers, so that every device gives the same. `bins` is a power of two from 2 to 2^20.
     ValueError for NaN or Inf in the weight.
     """

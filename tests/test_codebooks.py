@@ -44,7 +44,7 @@ def histogram(weight: NDArray[np.float32], block_size: int, bins: int) -> Counts
     blocks = weight.reshape(-1, block_size)
     absmax = np.abs(blocks).max(axis=1)
     share = absmax / absmax.max()
-    units = np.rint(share * share * np.float32(2**20))
+    units = np.rint(share * share * np.float32(2**30))
     ratio = blocks / np.where(absmax > 0, absmax, 1)[:, None]
     index = ((ratio + np.float32(1)) * np.float32(bins / 2)).astype(np.int64).clip(max=bins - 1)
     counted = np.bincount(index.ravel(), np.repeat(units, block_size), minlength=bins)

@@ -196,7 +196,7 @@ def test_histogram(numel: int, block_size: int, dtype: torch.dtype, device: torc
         counts = ops.histogram(weight, block_size, bins)
         normalized, absmax = numpy_blocks(weight.float().cpu().numpy(), block_size)
         relative = absmax / max(absmax.max(), np.float32(1e-45))
-        added = np.rint((relative * relative) * np.float32(1 << 20)).astype(np.int64)
+        added = np.rint((relative * relative) * np.float32(1 << 30)).astype(np.int64)
         index = ((normalized + np.float32(1)) * np.float32(bins // 2)).astype(np.int64)
         expected = np.zeros(bins, np.int64)
         used = slice(0, numel)

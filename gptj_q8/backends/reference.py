@@ -15,7 +15,7 @@ from torch import Tensor
 SLAB = 1 << 18
 """Elements handled at a time: 1 MB of float32, and a multiple of every block size."""
 
-HISTOGRAM_SCALE = 1 << 20
+HISTOGRAM_SCALE = 1 << 30
 """What an element of the block with the largest scale adds to its bin."""
 
 
@@ -39,7 +39,7 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
 def histogram(weight: Tensor, block_size: int, bins: int) -> Tensor:
     """Integer histogram of w / absmax over [-1, 1], each element counted by its squared scale.
 
-    An element of block b adds rint((absmax[b] / max(absmax))^2 * 2^20): integers, so that the
+    An element of block b adds rint((absmax[b] / max(absmax))^2 * 2^30): integers, so that the
     order of the additions does not matter.
     """
     flat = weight.view(-1)
