@@ -1,0 +1,95 @@
+"""Command-line options that every benchmark shares."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Bench
+from benchmarks.machine import new_results
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the module's docstring and knows what every benchmark does."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--device",
+        type=_device,
+        default=_device("cuda" if torch.cuda.is_available() else "cpu"),
+        help="cpu or cuda; a GPU if there is one",
+    )
+    made.add_argument("--tiny", action="store_true", help="dry run on tiny shapes: checks, no news")
+    made.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    made.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="start no further case after so many seconds",
+    )
+    return made
+
+
+def add_system_options(made: argparse.ArgumentParser) -> None:
+    """--systems, and for ours --backend, --codebook, --block-size; --dtype for all."""
+    made.add_argument(
+        "--systems", nargs="+", metavar="NAME", help="only these, by name or its first word"
+    )
+    made.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        help="of the activations; float16 on a GPU, bfloat16 on a CPU",
+    )
+    made.add_argument("--block-size", nargs="+", type=int, default=[256])
+    made.add_argument("--codebook", nargs="+", default=["fitted"])
+    made.add_argument(
+        "--backend",
+        nargs="+",
+        default=["auto"],
+        help="backends of ours to time side by side; auto is what the dispatch table picks",
+    )
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    if options.threads or options.tiny:
+        # A tiny product on two threads is a wait for the second one, long on a busy machine.
+        torch.set_num_threads(options.threads or 1)
+
+
+def make_bench(module: str, options: argparse.Namespace, argv: list[str]) -> Bench:
+    set_threads(options)
+    results = new_results(options.device, module, argv)
+    return Bench(
+        device=options.device,
+        results=results,
+        json=options.json,
+        seconds=options.seconds,
+        only=options.systems,
+        dry=options.tiny,
+    )
+
+
+def chosen_dtypes(options: argparse.Namespace) -> list[torch.dtype]:
+    default = ["float16" if options.device.type == "cuda" else "bfloat16"]
+    return [DTYPES[name] for name in options.dtype or default]
+
+
+def chosen_formats(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """Codebook, block size, and what to add to a system's name where there are several."""
+    formats = [(c, b) for c in options.codebook for b in options.block_size]
+    return [(c, b, f" {c}/{b}" if len(formats) > 1 else "") for c, b in formats]
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"PyTorch {torch.__version__} sees no GPU here")
+    # An index, since two devices "cuda" and "cuda:0" do not compare equal.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
