@@ -39,7 +39,7 @@ bench: venv
 
 # For a machine with a GPU and its Python packages but no network: uses that Python, not .venv.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info gptj_q8/*.so .pytest_cache .mypy_cache .ruff_cache
