@@ -1,0 +1,63 @@
+// Argument checks of the binding files: only what memory safety needs. The full checks, with the
+// exception types that a user sees, are in gptj_q8/ops.py. Host only.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace gptj_q8 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_dense(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  check_dense(op, name, t);
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": ", name, " must be float32, bfloat16 or float16");
+  check_dense(op, name, t);
+}
+
+inline void check_numel(const char* op, const char* name, const Tensor& t, int64_t expected) {
+  STD_TORCH_CHECK(t.numel() == expected, op, ": ", name, " must have ", expected, " elements, got ",
+                  t.numel());
+}
+
+// Returns log2(block_size).
+inline int check_block_size(const char* op, int64_t block_size) {
+  STD_TORCH_CHECK(
+      block_size >= kMinBlock && block_size <= kMaxBlock && (block_size & (block_size - 1)) == 0,
+      op, ": block_size must be a power of two from ", kMinBlock, " to ", kMaxBlock, ", got ",
+      block_size);
+  int shift = 0;
+  while ((int64_t{1} << shift) < block_size) ++shift;
+  return shift;
+}
+
+inline void check_codebook(const char* op, const char* name, const Tensor& t) {
+  check_dtype(op, name, t, ScalarType::Float);
+  STD_TORCH_CHECK(t.numel() == kLevels, op, ": ", name, " must have ", kLevels, " levels, got ",
+                  t.numel());
+}
+
+inline void check_absmax(const char* op, const char* name, const Tensor& t, int64_t numel,
+                         int block_shift) {
+  check_dtype(op, name, t, ScalarType::Float);
+  const int64_t blocks = ceil_div(numel, int64_t{1} << block_shift);
+  STD_TORCH_CHECK(t.numel() == blocks, op, ": ", name, " must have ", blocks, " blocks, got ",
+                  t.numel());
+}
+
+}  // namespace gptj_q8

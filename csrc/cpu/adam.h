@@ -1,0 +1,97 @@
+// One step of Adam with decoupled weight decay and both moments in the 8-bit format:
+//   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+//   param = param (1 - lr weight_decay) - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step)
+//   + eps)
+// in float32, with the new m and v before they are encoded again. An element whose gradient is
+// not finite keeps param, m and v. A v above 0 never takes the level 0: beside an m that is not
+// 0 it would make the next step divide by eps alone.
+//
+// param, grad, m_codes, v_codes [numel]; m_absmax, v_absmax [ceil(numel / block)]; all dense.
+// One piece of work owns a range of blocks. The host has checked sizes.
+// Why this shape: one block's m and v (at most 2 x 16 KB) stay in the L1 and L2 caches between
+// decoding, update and encoding; the update is a plain loop that compilers vectorize.
+//
+// Included by one file per instruction set, which defines Q8_ISA and its building blocks first.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+
+namespace gptj_q8::Q8_ISA {
+
+struct AdamFactors {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, rate, root, eps;
+
+  explicit AdamFactors(const AdamArgs& a)
+      : beta1(static_cast<float>(a.beta1)),
+        one_minus_beta1(static_cast<float>(1.0 - a.beta1)),
+        beta2(static_cast<float>(a.beta2)),
+        one_minus_beta2(static_cast<float>(1.0 - a.beta2)),
+        decay(static_cast<float>(1.0 - a.lr * a.weight_decay)),
+        rate(static_cast<float>(a.lr / (1.0 - std::pow(a.beta1, static_cast<double>(a.step))))),
+        root(static_cast<float>(std::sqrt(1.0 - std::pow(a.beta2, static_cast<double>(a.step))))),
+        eps(static_cast<float>(a.eps)) {}
+};
+
+template <class P, class G>
+void update_block(const AdamFactors& f, int64_t n, const G* __restrict__ grad,
+                  P* __restrict__ param, float* __restrict__ m, float* __restrict__ v) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = to_float(grad[i]);
+    const bool finite = (bits_of(g) & 0x7f800000u) != 0x7f800000u;
+    const float new_m = f.beta1 * m[i] + f.one_minus_beta1 * g;
+    const float new_v = f.beta2 * v[i] + f.one_minus_beta2 * (g * g);
+    const float old = to_float(param[i]);
+    const float step = f.rate * (new_m / (std::sqrt(new_v) / f.root + f.eps));
+    m[i] = finite ? new_m : m[i];
+    v[i] = finite ? new_v : v[i];
+    P updated;
+    from_float(old * f.decay - step, &updated);
+    param[i] = finite ? updated : param[i];
+  }
+}
+
+template <class P, class G>
+void adam_typed(const AdamArgs& a, const Pool& pool, P* param, const G* grad) {
+  const AdamFactors factors(a);
+  int smallest_positive = 0;
+  while (smallest_positive < kLevels - 1 && !(a.v_codebook[smallest_positive] > 0.0f)) {
+    ++smallest_positive;
+  }
+  auto update_blocks = [&](int64_t begin, int64_t end) {
+    alignas(64) float m[kMaxBlock];
+    alignas(64) float v[kMaxBlock];
+    const Decoder m_decoder(a.m_codebook), v_decoder(a.v_codebook);
+    const Encoder m_encoder(a.m_codebook), v_encoder(a.v_codebook);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b << a.block_shift;
+      const int64_t n = min_of(a.numel - first, int64_t{1} << a.block_shift);
+      uint8_t* m_codes = a.m_codes + first;
+      uint8_t* v_codes = a.v_codes + first;
+      m_decoder.run(m_codes, n, a.m_absmax[b], m);
+      v_decoder.run(v_codes, n, a.v_absmax[b], v);
+      update_block(factors, n, grad + first, param + first, m, v);
+      a.m_absmax[b] = max_abs(m, n);
+      a.v_absmax[b] = max_abs(v, n);
+      m_encoder.run(m, n, a.m_absmax[b], m_codes);
+      v_encoder.run(v, n, a.v_absmax[b], v_codes);
+      for (int64_t i = 0; i < n; ++i) {
+        const bool lift = v[i] > 0.0f && v_codes[i] < smallest_positive;
+        v_codes[i] = static_cast<uint8_t>(lift ? smallest_positive : v_codes[i]);
+      }
+    }
+  };
+  const int64_t blocks = ceil_div(a.numel, int64_t{1} << a.block_shift);
+  const int64_t grain = 1 + (8192 >> a.block_shift);  // about 10 microseconds of work
+  parallel(pool, blocks, grain, update_blocks);
+}
+
+void adam_step(const AdamArgs& a, const Pool& pool) {
+  with_type(a.param_dtype, [&](auto* p) {
+    with_type(a.grad_dtype,
+              [&](auto* g) { adam_typed(a, pool, typed(a.param, p), typed(a.grad, g)); });
+  });
+}
+
+}  // namespace gptj_q8::Q8_ISA

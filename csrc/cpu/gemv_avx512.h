@@ -1,0 +1,203 @@
+// linear for a few rows of x: y[M, N] = x[M, K] @ W[N, K].T + bias[N], M up to kFewRows.
+//
+// W is decoded in registers and never written. One piece of work owns whole rows of W; four (or
+// two, or one) at a time share the loads of x. bfloat16 x goes through vdpbf16ps, with levels that
+// bfloat16 does not hold split into two parts; float32 x (and float16 x, converted) through
+// float32 multiply-adds on the exact levels. Sums of a block are scaled by absmax once.
+// Why this shape: at M = 1 the codes stream from memory once and everything else must hide behind
+// that: 13 instructions decode 64 codes and 2 (bfloat16) or 8 (float32) multiply them. Rows are
+// taken several at a time so that a core sees several streams and independent sums.
+#pragma once
+
+#include "primitives_avx512.h"
+#include "scratch.h"
+
+namespace gptj_q8::avx512 {
+
+// Up to here decoding again for each pass of rows is cheaper than writing panels; estimate.
+constexpr int64_t kFewRows = 4;
+
+template <bool Full>
+Q8_INLINE __m512i load_codes(const uint8_t* codes, __mmask64 mask) {
+  if constexpr (Full) return _mm512_loadu_si512(codes);
+  return _mm512_maskz_loadu_epi8(mask, codes);
+}
+
+// How 64 values of x meet 64 levels: bfloat16.
+template <bool Wide>
+struct Bf16Product {
+  using X = bf16;
+  Table nearest, rest;
+  struct Input {
+    __m512i half[2];
+  };
+
+  Q8_INLINE explicit Bf16Product(const float* codebook)
+      : nearest(codebook, as_bf16), rest(codebook, bf16_rest) {}
+
+  template <bool Full>
+  static Q8_INLINE Input load(const bf16* x, int64_t n) {
+    if constexpr (Full) return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)}};
+    const __mmask64 mask = first64(n);
+    const __mmask32 low = static_cast<__mmask32>(mask);
+    if (n <= 32) return {{_mm512_maskz_loadu_epi16(low, x), _mm512_setzero_si512()}};
+    const __mmask32 high = static_cast<__mmask32>(mask >> 32);
+    return {{_mm512_maskz_loadu_epi16(low, x), _mm512_maskz_loadu_epi16(high, x + 32)}};
+  }
+
+  // sums[m] += levels of the codes . x[m]
+  template <int M>
+  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
+    codes = reorder(kOrder16, codes);
+    add<M>(nearest, codes, x, sums);
+    if constexpr (Wide) add<M>(rest, codes, x, sums);
+  }
+
+ private:
+  template <int M>
+  static Q8_INLINE void add(const Table& table, __m512i codes, const Input (&x)[M],
+                            __m512 (&sums)[M]) {
+    __m512i levels[2];
+    decode64(table, codes, &levels[0], &levels[1]);
+    for (int h = 0; h < 2; ++h) {
+      for (int m = 0; m < M; ++m) {
+        sums[m] = _mm512_dpbf16_ps(sums[m], reinterpret_cast<__m512bh>(levels[h]),
+                                   reinterpret_cast<__m512bh>(x[m].half[h]));
+      }
+    }
+  }
+};
+
+// How 64 values of x meet 64 levels: float32.
+template <bool Wide>
+struct FloatProduct {
+  using X = float;
+  FloatTable table;
+  struct Input {
+    __m512 quarter[4];
+  };
+
+  Q8_INLINE explicit FloatProduct(const float* codebook) : table(codebook) {}
+
+  template <bool Full>
+  static Q8_INLINE Input load(const float* x, int64_t n) {
+    Input input;
+    for (int q = 0; q < 4; ++q) {
+      const int64_t left = Full ? 16 : n - 16 * q;
+      input.quarter[q] = left <= 0 ? _mm512_setzero_ps() : load16(x + 16 * q, first16(left));
+    }
+    return input;
+  }
+
+  template <int M>
+  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
+    __m512 levels[4];
+    table.decode<Wide>(reorder(kOrder32, codes), levels);
+    for (int q = 0; q < 4; ++q) {
+      for (int m = 0; m < M; ++m) {
+        sums[m] = _mm512_fmadd_ps(levels[q], x[m].quarter[q], sums[m]);
+      }
+    }
+  }
+};
+
+// sums[r][m] = x[m] . W[n + r] for R rows of W whose blocks end at the same columns.
+template <int R, int M, class Product>
+Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
+                        const typename Product::X* x, __m512 (&sums)[R][M]) {
+  const uint8_t* codes = w.codes + n * w.cols;
+  for (auto& row : sums) {
+    for (__m512& sum : row) sum = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < w.cols;) {
+    const int64_t flat = n * w.cols + k;
+    const int64_t stop = min_of(w.cols, k + block_end(flat, w.block_shift) - flat);
+    __m512 block[R][M];
+    for (auto& row : block) {
+      for (__m512& sum : row) sum = _mm512_setzero_ps();
+    }
+    auto chunk = [&](auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      typename Product::Input input[M];
+      for (int m = 0; m < M; ++m) {
+        input[m] = Product::template load<kFull>(x + m * w.cols + k, stop - k);
+      }
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* row = codes + r * w.cols + k;
+        product.multiply_add(load_codes<kFull>(row, first64(stop - k)), input, block[r]);
+      }
+    };
+    for (; k + 64 <= stop; k += 64) chunk(std::true_type{});
+    if (k < stop) chunk(std::false_type{});
+    k = stop;
+    for (int r = 0; r < R; ++r) {
+      const float scale = w.absmax[block_of(flat + r * w.cols, w.block_shift)];
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = _mm512_fmadd_ps(block[r][m], _mm512_set1_ps(scale), sums[r][m]);
+      }
+    }
+  }
+}
+
+template <int M, class Product, class T>
+void few_typed(const Pool& pool, const typename Product::X* x, const Weight& w, const float* bias,
+               T* y) {
+  constexpr int kRows = M <= 2 ? 4 : 2;  // what the registers hold beside tables and x
+  const bool aligned = w.cols % (int64_t{1} << w.block_shift) == 0;
+  auto run_rows = [&](int64_t begin, int64_t end) {
+    const Product product(w.codebook);
+    const auto finish = [&](int64_t n, const __m512(&sums)[M]) {
+      for (int m = 0; m < M; ++m) {
+        const float sum = _mm512_reduce_add_ps(sums[m]);
+        from_float(bias ? sum + bias[n] : sum, &y[m * w.rows + n]);
+      }
+    };
+    int64_t n = begin;
+    if (aligned) {
+      for (; n + kRows <= end; n += kRows) {
+        __m512 sums[kRows][M];
+        dot_rows<kRows, M>(product, w, n, x, sums);
+        for (int r = 0; r < kRows; ++r) finish(n + r, sums[r]);
+      }
+    }
+    for (; n < end; ++n) {
+      __m512 sums[1][M];
+      dot_rows<1, M>(product, w, n, x, sums);
+      finish(n, sums[0]);
+    }
+  };
+  parallel(pool, w.rows, 1 + 65536 / w.cols, run_rows);
+}
+
+template <class Product, class T>
+void few_rows(const Pool& pool, const typename Product::X* x, int64_t m, const Weight& w,
+              const float* bias, T* y) {
+  switch (m) {
+    case 1:
+      return few_typed<1, Product>(pool, x, w, bias, y);
+    case 2:
+      return few_typed<2, Product>(pool, x, w, bias, y);
+    case 3:
+      return few_typed<3, Product>(pool, x, w, bias, y);
+    default:
+      return few_typed<4, Product>(pool, x, w, bias, y);
+  }
+}
+
+template <bool Wide, class T>
+void linear_few(const Pool& pool, const T* x, int64_t m, const Weight& w, const float* bias, T* y) {
+  if constexpr (std::is_same_v<T, f16>) {
+    Scratch<float> values(m * w.cols);
+    for (int64_t i = 0; i < m * w.cols; i += 16) {
+      const __mmask16 mask = first16(m * w.cols - i);
+      store16(values.data() + i, mask, load16(x + i, mask));
+    }
+    few_rows<FloatProduct<Wide>>(pool, values.data(), m, w, bias, y);
+  } else {
+    using Product =
+        std::conditional_t<std::is_same_v<T, bf16>, Bf16Product<Wide>, FloatProduct<Wide>>;
+    few_rows<Product>(pool, x, m, w, bias, y);
+  }
+}
+
+}  // namespace gptj_q8::avx512

@@ -1,0 +1,83 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace gptj_q8 {
+namespace {
+
+#define Q8_KERNELS(isa)                                                                \
+  Kernels {                                                                            \
+    #isa, isa::quantize, isa::histogram, isa::dequantize, isa::embedding, isa::linear, \
+        isa::linear_grad_input, isa::adam_step                                         \
+  }
+
+bool always() {
+  return true;
+}
+
+// __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
+#if defined(Q8_HAVE_AVX512)
+bool has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+struct Isa {
+  Kernels kernels;
+  bool (*usable)();
+};
+
+// Best first. setup.py defines Q8_HAVE_<ISA> for those it compiles.
+const Isa kIsas[] = {
+#if defined(Q8_HAVE_AVX512)
+    {Q8_KERNELS(avx512), has_avx512},
+#endif
+    {Q8_KERNELS(portable), always},
+};
+
+const Kernels* best() {
+  for (const Isa& isa : kIsas) {
+    if (isa.usable()) return &isa.kernels;
+  }
+  return nullptr;  // not reached: portable is always usable
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_acquire);
+  if (now == nullptr) {
+    now = best();
+    chosen.store(now, std::memory_order_release);
+  }
+  return *now;
+}
+
+bool select_isa(const char* name) {
+  if (std::strcmp(name, "auto") == 0) {
+    chosen.store(best(), std::memory_order_release);
+    return true;
+  }
+  for (const Isa& isa : kIsas) {
+    if (std::strcmp(name, isa.kernels.name) == 0 && isa.usable()) {
+      chosen.store(&isa.kernels, std::memory_order_release);
+      return true;
+    }
+  }
+  return false;
+}
+
+const char* usable_isa(int i) {
+  for (const Isa& isa : kIsas) {
+    if (isa.usable() && i-- == 0) return isa.kernels.name;
+  }
+  return nullptr;
+}
+
+}  // namespace gptj_q8

@@ -1,0 +1,133 @@
+// What a CPU instruction set implements: seven functions over raw pointers. They include nothing
+// of PyTorch; threads come in as a Pool. All pointers are dense, all sizes are positive, and the
+// binding file has checked that the arrays have the sizes stated here.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace gptj_q8 {
+
+// Runs task(context, begin, end) over pieces of [0, count), in parallel, each piece but one at
+// least `grain` long.
+struct Pool {
+  using Task = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t count, int64_t grain, Task task, void* context);
+};
+
+template <class F>
+Q8_INLINE void parallel(const Pool& pool, int64_t count, int64_t grain, F& f) {
+  pool.run(
+      count, grain,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      &f);
+}
+
+// A quantized matrix. As a flat array it has one row.
+struct Weight {
+  const uint8_t* codes;   // [rows, cols]
+  const float* absmax;    // [ceil(rows * cols / block)]
+  const float* codebook;  // [256]
+  int block_shift;
+  int64_t rows, cols;
+};
+
+struct QuantizeArgs {
+  const void* weight;  // [numel] of dtype
+  DType dtype;
+  int64_t numel;
+  int block_shift;
+  const float* codebook;  // [256], ascending
+  uint8_t* codes;         // [numel], out
+  float* absmax;          // [blocks], out
+};
+
+struct HistogramArgs {
+  const void* weight;  // [numel] of dtype
+  DType dtype;
+  int64_t numel;
+  int block_shift;
+  int64_t bins;     // a power of two, at most 2^24
+  float* absmax;    // [blocks], scratch
+  int64_t* counts;  // [bins], zeros on entry, out
+};
+
+struct DequantizeArgs {
+  Weight weight;  // one row
+  void* out;      // [cols] of dtype
+  DType dtype;
+};
+
+struct EmbeddingArgs {
+  const int64_t* ids;  // [count], each in [0, rows)
+  int64_t count;
+  Weight weight;
+  void* out;  // [count, cols] of dtype
+  DType dtype;
+};
+
+// y[M, N] = x[M, K] @ W[N, K].T + bias[N], W with N rows and K columns; x and y of one dtype.
+struct LinearArgs {
+  const void* x;
+  DType dtype;
+  int64_t m;
+  Weight weight;
+  const float* bias;  // or null
+  void* y;
+};
+
+// dx[M, K] = dy[M, N] @ W[N, K]
+struct LinearGradInputArgs {
+  const void* dy;
+  DType dtype;
+  int64_t m;
+  Weight weight;
+  void* dx;
+};
+
+struct AdamArgs {
+  void* param;  // [numel], in place
+  DType param_dtype;
+  const void* grad;  // [numel]
+  DType grad_dtype;
+  int64_t numel;
+  int block_shift;
+  uint8_t* m_codes;  // [numel], in place, as the next three
+  float* m_absmax;   // [blocks]
+  uint8_t* v_codes;
+  float* v_absmax;
+  const float* m_codebook;  // [256]
+  const float* v_codebook;
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;
+};
+
+struct Kernels {
+  const char* name;
+  void (*quantize)(const QuantizeArgs&, const Pool&);
+  void (*histogram)(const HistogramArgs&, const Pool&);
+  void (*dequantize)(const DequantizeArgs&, const Pool&);
+  void (*embedding)(const EmbeddingArgs&, const Pool&);
+  void (*linear)(const LinearArgs&, const Pool&);
+  void (*linear_grad_input)(const LinearGradInputArgs&, const Pool&);
+  void (*adam_step)(const AdamArgs&, const Pool&);
+};
+
+// The functions of one instruction set live in a namespace of its name, so that no two files
+// compiled with different flags ever define one symbol.
+#define Q8_DECLARE_KERNELS(isa)                                    \
+  namespace isa {                                                  \
+  void quantize(const QuantizeArgs&, const Pool&);                 \
+  void histogram(const HistogramArgs&, const Pool&);               \
+  void dequantize(const DequantizeArgs&, const Pool&);             \
+  void embedding(const EmbeddingArgs&, const Pool&);               \
+  void linear(const LinearArgs&, const Pool&);                     \
+  void linear_grad_input(const LinearGradInputArgs&, const Pool&); \
+  void adam_step(const AdamArgs&, const Pool&);                    \
+  }
+
+Q8_DECLARE_KERNELS(portable)
+Q8_DECLARE_KERNELS(avx512)
+
+}  // namespace gptj_q8

@@ -1,0 +1,162 @@
+"""Builds the compiled parts. Metadata stands in pyproject.toml.
+
+Each library is optional: where it cannot be built, the build says so in one sentence and carries
+on, and the package works without it in plain PyTorch, slower. No library includes Python.h or
+links to Python: they register operators with PyTorch's stable ABI and are loaded with
+torch.ops.load_library, so one file serves Python 3.11 and newer and PyTorch 2.10 and newer.
+"""
+
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+# The oldest PyTorch that a library built here runs on: 2.10.
+TORCH_TARGET = "0x020a000000000000"
+
+# Flags of the files named *_<isa>.cpp: only these may contain the instructions of that set.
+# isa.cpp chooses among the sets at run time. A new set is a line here and one in isa.cpp.
+X86 = ("x86_64", "amd64")
+INSTRUCTION_SETS = {
+    "avx512": (
+        X86,
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mfma",
+    ),
+}
+
+# No -ffast-math, and no contraction of a * b + c: codes are the same, bit for bit, everywhere.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
+    f" -ffp-contract=off -fno-math-errno -Wall -Wextra -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+)
+
+
+class NotBuilt(Exception):
+    """A library cannot be built here; the message says why."""
+
+
+class Library(Extension):
+    """A shared library that knows how to build itself."""
+
+    def __init__(self, name: str, folders: list[str]) -> None:
+        files = [f for folder in folders for f in sorted((ROOT / folder).iterdir())]
+        paths = [str(f.relative_to(ROOT)) for f in files if f.is_file()]
+        super().__init__(
+            name,
+            sources=[p for p in paths if p.endswith((".cpp", ".cu"))],
+            depends=[p for p in paths if p.endswith((".h", ".cuh"))] + ["setup.py"],
+            py_limited_api=True,
+            optional=True,
+        )
+
+    def build(self, folder: Path, target: Path) -> None:
+        """Compiles in `folder` and links `target`, or raises NotBuilt."""
+        raise NotImplementedError
+
+
+class CpuLibrary(Library):
+    def build(self, folder: Path, target: Path) -> None:
+        torch = torch_folder()
+        machine = platform.machine().lower()
+        usable = {isa: f for isa, (machines, f) in INSTRUCTION_SETS.items() if machine in machines}
+
+        def compile_one(source: str, flags: str = "") -> str:
+            built = folder / Path(source).with_suffix(".o").name
+            includes = ["-isystem", str(torch / "include")]
+            run(cxx(), *FLAGS.split(), *flags.split(), *includes, "-c", source, "-o", str(built))
+            return str(built)
+
+        def isa_of(source: str) -> str | None:
+            return next((i for i in INSTRUCTION_SETS if source.endswith(f"_{i}.cpp")), None)
+
+        chooser = next(s for s in self.sources if Path(s).name == "isa.cpp")
+        plain = [s for s in self.sources if isa_of(s) is None and s != chooser]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            gated = {
+                isa: [pool.submit(compile_one, s, f) for s in self.sources if isa_of(s) == isa]
+                for isa, f in usable.items()
+            }
+            objects = list(pool.map(compile_one, plain))
+        have = []
+        for isa, jobs in gated.items():
+            try:
+                objects += [job.result() for job in jobs]
+                have.append(f"-DQ8_HAVE_{isa.upper()}")
+            except NotBuilt as error:
+                say(f"gptj_q8: the CPU library does without {isa}: {error}.")
+        objects.append(compile_one(chooser, " ".join(have)))
+        # No path to PyTorch is stored: it is loaded already when the library is.
+        run(cxx(), "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target))
+
+
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+def run(compiler: list[str], *arguments: str) -> None:
+    done = subprocess.run(
+        [*compiler, *arguments], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    if done.stdout or done.stderr:
+        say(done.stdout + done.stderr)
+    if done.returncode != 0:
+        source = next((a for a in arguments if a.endswith(".cpp")), "linking")
+        raise NotBuilt(f"{compiler[0]} failed ({source}; its message stands above)")
+
+
+def torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise NotBuilt(
+            "PyTorch is not installed where the build runs (pip: use --no-build-isolation)"
+        )
+    return Path(spec.origin).parent
+
+
+def up_to_date(target: Path, sources: list[str]) -> bool:
+    newest = max((ROOT / source).stat().st_mtime for source in sources)
+    return target.exists() and target.stat().st_mtime > newest
+
+
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+class BuildLibraries(build_ext):
+    def build_extension(self, ext: Library) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        if not self.force and up_to_date(target, [*ext.sources, *ext.depends]):
+            return
+        folder = Path(self.build_temp).resolve() / ext.name
+        for path in (folder, target.parent):
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            ext.build(folder, target.resolve())
+        except (NotBuilt, OSError) as error:
+            # A library of older sources would be worse than none.
+            for stale in (target, ROOT / "gptj_q8" / target.name):
+                stale.unlink(missing_ok=True)
+            say(
+                f"gptj_q8: {ext.name} was not built: {error}."
+                " The package works without it, slower, in plain PyTorch."
+            )
+
+
+# The CUDA library joins this list as a second Library with a build of its own.
+LIBRARIES = [CpuLibrary("gptj_q8._cpu", ["csrc/common", "csrc/cpu"])]
+
+setup(
+    ext_modules=LIBRARIES,
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
