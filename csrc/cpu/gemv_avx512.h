@@ -124,6 +124,7 @@ Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
       }
       for (int r = 0; r < R; ++r) {
         const uint8_t* row = codes + r * w.cols + k;
+        prefetch(row, R * w.cols);  // the same columns of the next rows
         product.multiply_add(load_codes<kFull>(row, first64(stop - k)), input, block[r]);
       }
     };

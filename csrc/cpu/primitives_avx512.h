@@ -135,6 +135,12 @@ struct FloatTable {
   }
 };
 
+// Asks for the cache line `bytes` after p, which may lie past the end of the array.
+Q8_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes);
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+}
+
 Q8_INLINE __mmask64 first64(int64_t n) {
   return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
 }
