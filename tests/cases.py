@@ -84,22 +84,21 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 def backend_ids() -> list[str]:
     """Every backend, and for `cpu` every instruction set of this machine: "cpu:avx512"."""
-    ids = []
-    for name in backends.NAMES:
-        variants = getattr(backends.load(name), "variants", None)
-        usable = backends.unavailable(name) is None
-        ids += [f"{name}:{each}" for each in variants()] if usable and variants else [name]
+    ids = list(backends.NAMES)
+    if backends.unavailable("cpu") is None:
+        cpu = ids.index("cpu")
+        ids[cpu : cpu + 1] = [f"cpu:{isa}" for isa in backends.load("cpu").instruction_sets()]
     return ids
 
 
 @contextlib.contextmanager
 def forced(backend_id: str) -> Iterator[None]:
     """Runs every op in one backend, or skips the test with the reason why it cannot."""
-    name, _, variant = backend_id.partition(":")
+    name, _, isa = backend_id.partition(":")
     if reason := backends.unavailable(name):
         pytest.skip(f"{name}: {reason}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use(name))
-        if variant:
-            stack.enter_context(backends.load(name).use_variant(variant))
+        if isa:
+            stack.enter_context(backends.load(name).force_isa(isa))
         yield

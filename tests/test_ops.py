@@ -88,16 +88,16 @@ def test_linear(
 def test_linear_adds_the_bias_before_the_one_rounding(
     m: int, n: int, k: int, bias_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> None:
-    w = random_quantized(n, k, 64).to(device)
-    x = random(m, k, dtype=dtype, device=device)
-    bias = 100 * random(n, dtype=bias_dtype, device=device, seed=2)
-    y = ops.linear(x, *w.parts, bias, 64)
-    truth = x.double() @ w.truth.T + bias.double()
-    # The bias dwarfs the product, so that a second rounding, or a bias rounded to x's dtype,
-    # would show as an error of up to one unit in the last place instead of half of one.
-    step = torch.finfo(dtype).eps * 2.0 ** truth.abs().log2().floor()
-    allowed = 0.55 * step if dtype != torch.float32 else 2 * step
-    assert ((y.double() - truth).abs() <= allowed).all()
+    """With numbers whose sums float32 holds exactly, y is the exact sum rounded once."""
+    table = torch.arange(-128, 128).div(128).to(device)  # 8 bits: exact in every dtype
+    codes = torch.arange(n * k, device=device).mul(37).to(torch.uint8).view(n, k)
+    absmax = 2.0 ** (torch.arange(-(-n * k // 64), device=device) % 3)
+    w = table.double()[codes.long()] * absmax.double().repeat_interleave(64)[: n * k].view(n, k)
+    x = torch.randint(-1, 2, (m, k), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    bias = (torch.arange(n, device=device) * 1.37 - 40).to(bias_dtype)
+    bias = (bias * 1024).round() / 1024
+    y = ops.linear(x, codes, absmax, table, bias, 64)
+    assert torch.equal(y, (x.double() @ w.T + bias.double()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,8 +51,8 @@ Q8_INLINE float normalize(float w, float absmax) {
   return absmax == 0.0f ? 0.0f : w / absmax;
 }
 
-// Weight of a block in the histogram: rint(2^20 * (absmax / largest)^2) of a squared float32.
-constexpr float kHistogramUnit = 1048576.0f;
+// Weight of a block in the histogram: rint(2^30 * (absmax / largest)^2) of a squared float32.
+constexpr float kHistogramUnit = 1073741824.0f;
 
 // Bin of a normalized value r in [-1, 1]; half_bins = bins / 2, both exact as float32. Clamped
 // before the conversion, so that a NaN lands in bin 0 instead of being undefined.

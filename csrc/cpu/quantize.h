@@ -1,6 +1,6 @@
 // quantize:  absmax[b] = max |w| over block b
 //            codes[i]  = number of midpoints of the codebook below w[i] / absmax[b]
-// histogram: counts[bin(w[i] / absmax[b])] += rint(2^20 * (absmax[b] / max absmax)^2)
+// histogram: counts[bin(w[i] / absmax[b])] += rint(2^30 * (absmax[b] / max absmax)^2)
 //
 // weight [numel], codes [numel], absmax [ceil(numel / block)], counts [bins]; all dense.
 // One piece of work owns a range of blocks; the last block may be short. The host has checked
