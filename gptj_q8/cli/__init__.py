@@ -1,0 +1,67 @@
+"""The command line `gptj-q8`: parses, calls, prints. One file per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gptj_q8.cli.convert import convert_command
+from gptj_q8.cli.demo import demo_command
+from gptj_q8.cli.errors import Settings, guarded
+from gptj_q8.cli.evaluate import evaluate_command
+from gptj_q8.cli.generate import generate_command
+
+app = typer.Typer(
+    name="gptj-q8",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(guarded(demo_command))
+app.command("convert")(guarded(convert_command))
+app.command("generate")(guarded(generate_command))
+app.command("evaluate")(guarded(evaluate_command))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        # Read from metadata: importing these packages would take seconds.
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("gptj_q8", "torch", "transformers"):
+            try:
+                typer.echo(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                typer.echo(f"{name} not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the whole trace of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar="",
+            help="Print the versions and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """GPT-J in 8 bits: convert a model, measure what that costs, generate text with it.
+
+    Start with `gptj-q8 demo`, which shows all of it on a small model in a minute.
+    """
+    Settings.debug = debug
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="gptj-q8")

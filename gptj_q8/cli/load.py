@@ -1,0 +1,142 @@
+"""Opens what commands are given by name: models, tokenizers, texts."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import logging
+import lzma
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptj_q8.cli.errors import CliError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo"
+_OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+
+
+def model_path(name: str) -> str:
+    """The folder or Hugging Face id that a name stands for."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CliError(f"{name} holds no model: it has no config.json")
+        return name
+    if name == DEMO:
+        from gptj_q8.demo import model_dir
+
+        return str(model_dir())
+    if path.exists():
+        raise CliError(f"{name} is a file; a model is a folder with config.json and its weights")
+    # An id is `owner/name` or `name`. Anything else, and what would lie in a folder that there
+    # is, was meant as a path; looking for it on the network would only take long to say so.
+    in_a_folder = "/" in name and path.parent.is_dir()
+    if in_a_folder or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CliError(f"there is no model at {name}")
+    return name
+
+
+def device(name: str) -> torch.device:
+    """The device that a name stands for, checked to be there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise CliError(f"device {name}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
+    """Load a model, original or 8-bit, ready to run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import gptj_q8.hf  # noqa: F401  (registers the quantizer with Transformers)
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model_path(name),
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map={"": on},
+    )
+    return loaded.eval()
+
+
+def tokenizer(*names: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first model that has one."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for name in names:
+        path = model_path(name)
+        AutoConfig.from_pretrained(path)  # fails here where the model, not its tokenizer, is amiss
+        try:
+            found = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError):
+            continue
+        # From a folder without any tokenizer Transformers makes one that knows no word.
+        if found.vocab_size > 0:
+            return found
+    raise CliError(f"{names[0]} has no tokenizer; name one with --tokenizer")
+
+
+def text(name: str) -> str:
+    """Read a UTF-8 text: a file, plain or compressed, `-` for stdin, or the demo's."""
+    if name == "-":
+        content = sys.stdin.buffer.read()
+    elif name == DEMO and not Path(name).exists():
+        from gptj_q8.demo import text as demo_text
+
+        return demo_text("held_out")
+    else:
+        with _OPENERS.get(Path(name).suffix, open)(name, "rb") as file:
+            content = file.read()
+    try:
+        decoded = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CliError(f"{name} is not UTF-8 text (byte {error.start})") from error
+    if not decoded.strip():
+        raise CliError(f"{name} is empty")
+    return decoded
+
+
+def token_ids(tokens: PreTrainedTokenizerBase, content: str, limit: int | None) -> torch.Tensor:
+    """A text's ids as they are, with no token added at either end."""
+    import torch
+
+    # `verbose=False`: longer than the model's context is what a sliding window is for.
+    ids = tokens(content, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids[:limit])
+
+
+def quieten() -> None:
+    """Leave libraries their errors only; their bars and hints would tear the screen."""
+    # Transformers imports torchao where it is installed, which tells of each GPU library that it
+    # cannot load, and makes PyTorch warn of its enums. huggingface_hub tells of every retry.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|torchao|huggingface_hub)\b.*")
+    warnings.showwarning = _say_warning
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning's sentence, without the place in the code that a user did not write."""
+    print(f"gptj-q8: {message}", file=sys.stderr)
