@@ -41,7 +41,7 @@ FLAGS = (
 )
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """A library cannot be built here; the message says why."""
 
 
@@ -60,7 +60,7 @@ class Library(Extension):
         )
 
     def build(self, folder: Path, target: Path) -> None:
-        """Compiles in `folder` and links `target`, or raises NotBuilt."""
+        """Compiles in `folder` and links `target`, or raises NotBuiltError."""
         raise NotImplementedError
 
 
@@ -92,7 +92,7 @@ class CpuLibrary(Library):
             try:
                 objects += [job.result() for job in jobs]
                 have.append(f"-DQ8_HAVE_{isa.upper()}")
-            except NotBuilt as error:
+            except NotBuiltError as error:
                 say(f"gptj_q8: the CPU library does without {isa}: {error}.")
         objects.append(compile_one(chooser, " ".join(have)))
         # No path to PyTorch is stored: it is loaded already when the library is.
@@ -111,13 +111,13 @@ def run(compiler: list[str], *arguments: str) -> None:
         say(done.stdout + done.stderr)
     if done.returncode != 0:
         source = next((a for a in arguments if a.endswith(".cpp")), "linking")
-        raise NotBuilt(f"{compiler[0]} failed ({source}; its message stands above)")
+        raise NotBuiltError(f"{compiler[0]} failed ({source}; its message stands above)")
 
 
 def torch_folder() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise NotBuilt(
+        raise NotBuiltError(
             "PyTorch is not installed where the build runs (pip: use --no-build-isolation)"
         )
     return Path(spec.origin).parent
@@ -142,7 +142,7 @@ class BuildLibraries(build_ext):
             path.mkdir(parents=True, exist_ok=True)
         try:
             ext.build(folder, target.resolve())
-        except (NotBuilt, OSError) as error:
+        except (NotBuiltError, OSError) as error:
             # A library of older sources would be worse than none.
             for stale in (target, ROOT / "gptj_q8" / target.name):
                 stale.unlink(missing_ok=True)

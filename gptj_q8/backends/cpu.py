@@ -30,7 +30,7 @@ _ops = torch.ops.gptj_q8_cpu
 
 
 def unavailable() -> str | None:
-    """None when usable, else why not and what to do."""
+    """Why the compiled library cannot be used and what to do; None when it can."""
     return _unavailable
 
 
@@ -39,13 +39,13 @@ def instruction_set() -> str:
     return _ops.isa()
 
 
-def instruction_sets() -> list[str]:
-    """Those that this build has and this CPU can run, best first."""
+def variants() -> list[str]:
+    """The instruction sets that this build has and this CPU can run, best first."""
     return _ops.usable_isas().split()
 
 
 @contextmanager
-def force_isa(name: str) -> Iterator[None]:
+def use_variant(name: str) -> Iterator[None]:
     """Within it one instruction set serves all calls of the process: for tests and timing."""
     before = _ops.isa()
     _ops.set_isa(name)
