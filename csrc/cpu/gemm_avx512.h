@@ -91,20 +91,10 @@ void multiply_panel(const typename P::A* a, int64_t stride, int64_t rows, const 
   }
   a += i * stride;
   c += i * kColumns;
-  switch (rows - i) {
-    case 1:
-      return tile<P, 1>(a, stride, panel, steps, first, c);
-    case 2:
-      return tile<P, 2>(a, stride, panel, steps, first, c);
-    case 3:
-      return tile<P, 3>(a, stride, panel, steps, first, c);
-    case 4:
-      return tile<P, 4>(a, stride, panel, steps, first, c);
-    case 5:
-      return tile<P, 5>(a, stride, panel, steps, first, c);
-    default:
-      return;
-  }
+  if (i == rows) return;
+  with_count<kTileRows - 1>(rows - i, [&](auto count) {
+    tile<P, decltype(count)::value>(a, stride, panel, steps, first, c);
+  });
 }
 
 // fill(column, begin, end, panel) decodes B[begin:end, column:column + 64].
@@ -152,14 +142,14 @@ void multiply_any(const Pool& pool, const T* a, int64_t rows, int64_t depth, int
     const A* input = nullptr;
     if constexpr (std::is_same_v<T, A>) input = source;
     if (!direct) {
-      auto convert = [&](int64_t begin, int64_t end) {
+      auto copy_rows = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           A* row = copy.data() + i * padded;
-          for (int64_t k = 0; k < depth; ++k) from_float(to_float(source[i * depth + k]), &row[k]);
+          convert(source + i * depth, depth, row);
           for (int64_t k = depth; k < padded; ++k) row[k] = A{};
         }
       };
-      parallel(pool, count, 1 + 32768 / padded, convert);
+      parallel(pool, count, 1 + 32768 / padded, copy_rows);
       input = copy.data();
     }
     multiply<P>(pool, input, count, padded, cols, make_fill(P{}), bias, out + first * cols);

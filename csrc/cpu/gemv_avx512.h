@@ -1,4 +1,4 @@
-// linear for a few rows of x: y[M, N] = x[M, K] @ W[N, K].T + bias[N], M up to kFewRows.
+// linear for a few rows of x: y[M, N] = x[M, K] @ W[N, K].T + bias[N].
 //
 // W is decoded in registers and never written. One piece of work owns whole rows of W; four (or
 // two, or one) at a time share the loads of x. bfloat16 x goes through vdpbf16ps, with levels that
@@ -14,9 +14,6 @@
 
 namespace gptj_q8::avx512 {
 
-// Up to here decoding again for each pass of rows is cheaper than writing panels; estimate.
-constexpr int64_t kFewRows = 4;
-
 template <bool Full>
 Q8_INLINE __m512i load_codes(const uint8_t* codes, __mmask64 mask) {
   if constexpr (Full) return _mm512_loadu_si512(codes);
@@ -27,6 +24,11 @@ Q8_INLINE __m512i load_codes(const uint8_t* codes, __mmask64 mask) {
 template <bool Wide>
 struct Bf16Product {
   using X = bf16;
+  // More rows of x than this spill sums out of the registers.
+  static constexpr int kMaxRows = Wide ? 4 : 6;
+  // Up to here decoding again for each pass beats writing panels: Zen 5, 4096 x 4096, one
+  // thread, 12 rows in two passes about 1.9 ms, in panels 2.1.
+  static constexpr int64_t kFewRows = Wide ? 4 : 12;
   Table nearest, rest;
   struct Input {
     __m512i half[2];
@@ -72,6 +74,8 @@ struct Bf16Product {
 template <bool Wide>
 struct FloatProduct {
   using X = float;
+  static constexpr int kMaxRows = 4;
+  static constexpr int64_t kFewRows = Wide ? 3 : 4;  // 1.4 ms; 5 rows in panels 1.9, as above
   FloatTable table;
   struct Input {
     __m512 quarter[4];
@@ -140,65 +144,53 @@ Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
   }
 }
 
+// y[0:M, begin:end], y and x rows N and K apart.
 template <int M, class Product, class T>
-void few_typed(const Pool& pool, const typename Product::X* x, const Weight& w, const float* bias,
-               T* y) {
-  constexpr int kRows = M <= 2 ? 4 : 2;  // what the registers hold beside tables and x
-  const bool aligned = w.cols % (int64_t{1} << w.block_shift) == 0;
+void few_pass(const Product& product, const typename Product::X* x, const Weight& w,
+              const float* bias, int64_t begin, int64_t end, T* y) {
+  constexpr int kGroup = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // what the registers hold beside tables
+  const auto finish = [&](int64_t n, const __m512(&sums)[M]) {
+    for (int m = 0; m < M; ++m) {
+      const float sum = _mm512_reduce_add_ps(sums[m]);
+      from_float(bias ? sum + bias[n] : sum, &y[m * w.rows + n]);
+    }
+  };
+  int64_t n = begin;
+  if (w.cols % (int64_t{1} << w.block_shift) == 0) {
+    for (; n + kGroup <= end; n += kGroup) {
+      __m512 sums[kGroup][M];
+      dot_rows<kGroup, M>(product, w, n, x, sums);
+      for (int r = 0; r < kGroup; ++r) finish(n + r, sums[r]);
+    }
+  }
+  for (; n < end; ++n) {
+    __m512 sums[1][M];
+    dot_rows<1, M>(product, w, n, x, sums);
+    finish(n, sums[0]);
+  }
+}
+
+// Passes of about equal size, each with at most Product::kMaxRows rows of x; a strip of W that
+// fits the L2 cache sees all of them before the next strip comes.
+template <class Product, class T>
+void linear_few(const Pool& pool, const typename Product::X* x, int64_t rows, const Weight& w,
+                const float* bias, T* y) {
+  const int64_t size = ceil_div(rows, ceil_div(rows, Product::kMaxRows));
   auto run_rows = [&](int64_t begin, int64_t end) {
     const Product product(w.codebook);
-    const auto finish = [&](int64_t n, const __m512(&sums)[M]) {
-      for (int m = 0; m < M; ++m) {
-        const float sum = _mm512_reduce_add_ps(sums[m]);
-        from_float(bias ? sum + bias[n] : sum, &y[m * w.rows + n]);
+    const int64_t strip = 1 + 262144 / w.cols;
+    for (int64_t n = begin; n < end; n += strip) {
+      const int64_t stop = min_of(end, n + strip);
+      for (int64_t m = 0; m < rows; m += size) {
+        const auto pass = [&](auto count) {
+          few_pass<decltype(count)::value>(product, x + m * w.cols, w, bias, n, stop,
+                                           y + m * w.rows);
+        };
+        with_count<Product::kMaxRows>(min_of(size, rows - m), pass);
       }
-    };
-    int64_t n = begin;
-    if (aligned) {
-      for (; n + kRows <= end; n += kRows) {
-        __m512 sums[kRows][M];
-        dot_rows<kRows, M>(product, w, n, x, sums);
-        for (int r = 0; r < kRows; ++r) finish(n + r, sums[r]);
-      }
-    }
-    for (; n < end; ++n) {
-      __m512 sums[1][M];
-      dot_rows<1, M>(product, w, n, x, sums);
-      finish(n, sums[0]);
     }
   };
   parallel(pool, w.rows, 1 + 65536 / w.cols, run_rows);
-}
-
-template <class Product, class T>
-void few_rows(const Pool& pool, const typename Product::X* x, int64_t m, const Weight& w,
-              const float* bias, T* y) {
-  switch (m) {
-    case 1:
-      return few_typed<1, Product>(pool, x, w, bias, y);
-    case 2:
-      return few_typed<2, Product>(pool, x, w, bias, y);
-    case 3:
-      return few_typed<3, Product>(pool, x, w, bias, y);
-    default:
-      return few_typed<4, Product>(pool, x, w, bias, y);
-  }
-}
-
-template <bool Wide, class T>
-void linear_few(const Pool& pool, const T* x, int64_t m, const Weight& w, const float* bias, T* y) {
-  if constexpr (std::is_same_v<T, f16>) {
-    Scratch<float> values(m * w.cols);
-    for (int64_t i = 0; i < m * w.cols; i += 16) {
-      const __mmask16 mask = first16(m * w.cols - i);
-      store16(values.data() + i, mask, load16(x + i, mask));
-    }
-    few_rows<FloatProduct<Wide>>(pool, values.data(), m, w, bias, y);
-  } else {
-    using Product =
-        std::conditional_t<std::is_same_v<T, bf16>, Bf16Product<Wide>, FloatProduct<Wide>>;
-    few_rows<Product>(pool, x, m, w, bias, y);
-  }
 }
 
 }  // namespace gptj_q8::avx512

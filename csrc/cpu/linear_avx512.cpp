@@ -2,7 +2,7 @@
 //
 // x, y [M, K], [M, N] in one of float32, bfloat16, float16; codes [N, K]; blocks run on across
 // rows. The host has checked that all arrays have these sizes.
-// M up to kFewRows: gemv_avx512.h, decoding in registers. More: the panels of gemm_avx512.h; the
+// Few rows of x: gemv_avx512.h, decoding in registers. More: the panels of gemm_avx512.h; the
 // panel of 64 rows of W is filled here, transposed so that rows of W lie along the registers.
 // Why this shape of filling: bytes are four times cheaper to transpose than what they decode to.
 // 16 rows by 16 codes are four registers, which two rounds of unpacking turn into eight pairs
@@ -102,12 +102,26 @@ struct Fill {
         if (present > 0) std::memcpy(row, w.codes + (first + i) * w.cols + begin, present);
         if (present < chunks * kChunk) std::memset(row + present, 0, chunks * kChunk - present);
       }
+      // The codes that the next group will copy: lines of 64 bytes, four for each chunk here.
+      const bool last_group = group + 1 == kColumns / kGroup;
+      const int64_t next_row = last_group ? (end < w.cols ? n : n + kColumns) : first + kGroup;
+      const int64_t next_column = last_group ? (end < w.cols ? end : 0) : begin;
+      const uint8_t* next = w.codes + min_of(next_row, w.rows - 1) * w.cols + next_column;
+      const int64_t lines = chunks / 4;
+      int64_t line = 0, line_row = 0;
       int64_t scaled_to = 0;  // the scales in hand serve columns below this one
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t k = begin + c * kChunk;
         if (!aligned || k >= scaled_to) {
           scales.load(w, first, k, aligned);
           scaled_to = block_end(k, w.block_shift);
+        }
+        for (int i = 0; i < 4 && line_row < kGroup; ++i) {
+          prefetch(next, line_row * w.cols + line * 64);
+          if (++line >= lines) {
+            line = 0;
+            ++line_row;
+          }
         }
         __m512i codes[4];
         transpose_pairs(local + c * kChunk, kStride, codes);
@@ -126,9 +140,20 @@ struct Fill {
 
 template <bool Wide, class T>
 void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
-  if (a.m <= kFewRows) return linear_few<Wide>(pool, x, a.m, a.weight, a.bias, y);
-  const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>(a.weight); };
-  multiply_any(pool, x, a.m, a.weight.cols, a.weight.rows, make_fill, a.bias, y);
+  using Product =
+      std::conditional_t<std::is_same_v<T, bf16>, Bf16Product<Wide>, FloatProduct<Wide>>;
+  const Weight& w = a.weight;
+  if (a.m > Product::kFewRows) {
+    const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>(w); };
+    return multiply_any(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
+  }
+  if constexpr (std::is_same_v<T, typename Product::X>) {
+    linear_few<Product>(pool, x, a.m, w, a.bias, y);
+  } else {
+    Scratch<float> values(a.m * w.cols);
+    convert(x, a.m * w.cols, values.data());
+    linear_few<Product>(pool, values.data(), a.m, w, a.bias, y);
+  }
 }
 
 }  // namespace

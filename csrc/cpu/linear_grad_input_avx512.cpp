@@ -13,7 +13,7 @@
 namespace gptj_q8::avx512 {
 namespace {
 
-constexpr int64_t kFewRows = 4;         // estimate: panels cost a store and M loads per register
+constexpr int kFewRows = 4;             // estimate: panels cost a store and M loads per register
 constexpr int64_t kSumElements = 4096;  // 16 KB of sums: half of a 32 KB L1 cache
 
 // sums[m][k - k0] += sum over r of factor[r][m] * level(n + r, k), k0 <= k < k1.
@@ -101,20 +101,6 @@ void few_typed(const Pool& pool, const Weight& w, const T* dy, T* dx) {
   parallel(pool, ceil_div(w.cols, 64), 1 + 1024 / w.rows, run_columns);
 }
 
-template <bool Wide, class T>
-void few(const Pool& pool, int64_t m, const Weight& w, const T* dy, T* dx) {
-  switch (m) {
-    case 1:
-      return few_typed<1, Wide>(pool, w, dy, dx);
-    case 2:
-      return few_typed<2, Wide>(pool, w, dy, dx);
-    case 3:
-      return few_typed<3, Wide>(pool, w, dy, dx);
-    default:
-      return few_typed<4, Wide>(pool, w, dy, dx);
-  }
-}
-
 // 64 columns of one row of W, scaled; a row past the end is zeros.
 template <bool Wide>
 Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, int64_t k,
@@ -171,7 +157,10 @@ struct Fill {
 
 template <bool Wide, class T>
 void grad_input(const LinearGradInputArgs& a, const Pool& pool, const T* dy, T* dx) {
-  if (a.m <= kFewRows) return few<Wide>(pool, a.m, a.weight, dy, dx);
+  if (a.m <= kFewRows) {
+    return with_count<kFewRows>(
+        a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, a.weight, dy, dx); });
+  }
   const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>{a.weight}; };
   multiply_any(pool, dy, a.m, a.weight.rows, a.weight.cols, make_fill, nullptr, dx);
 }

@@ -178,6 +178,14 @@ Q8_INLINE void store16(f16* p, __mmask16 mask, __m512 v) {
   _mm256_mask_storeu_epi16(p, mask, bits);
 }
 
+// out[i] = in[i], rounded where that is needed.
+template <class From, class To>
+void convert(const From* in, int64_t n, To* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    store16(out + i, first16(n - i), load16(in + i, first16(n - i)));
+  }
+}
+
 // Decodes runs of codes that share one scale: out[i] = codebook[codes[i]] * scale, one rounding.
 struct Decoder {
   FloatTable table;

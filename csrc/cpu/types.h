@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/format.h"
 
@@ -104,6 +105,15 @@ Q8_INLINE void with_type(DType dtype, F&& f) {
     case DType::float16:
       return f(static_cast<f16*>(nullptr));
   }
+}
+
+// Calls f with std::integral_constant<int, count>, 1 <= count <= Max.
+template <int Max, class F>
+Q8_INLINE void with_count(int64_t count, F&& f) {
+  if constexpr (Max > 1) {
+    if (count < Max) return with_count<Max - 1>(count, f);
+  }
+  f(std::integral_constant<int, Max>{});
 }
 
 }  // namespace gptj_q8
