@@ -155,8 +155,9 @@ class BuildLibraries(build_ext):
 # The CUDA library joins this list as a second Library with a build of its own.
 LIBRARIES = [CpuLibrary("gptj_q8._cpu", ["csrc/common", "csrc/cpu"])]
 
-setup(
-    ext_modules=LIBRARIES,
-    cmdclass={"build_ext": BuildLibraries},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=LIBRARIES,
+        cmdclass={"build_ext": BuildLibraries},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

@@ -1,11 +1,14 @@
 // Binds the CPU kernels as gptj_q8_cpu::*. gptj_q8/backends/cpu.py calls them with arguments that
-// gptj_q8/ops.py has checked; here only what memory safety needs is checked again.
+// gptj_q8/ops.py has checked; here only what memory safety needs is checked again. PyTorch's own
+// operators are called for allocation only: others may use threads that a forked child lacks.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../common/check.h"
 #include "isa.h"
@@ -58,6 +61,22 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t keep, int64_t last) {
   return shape;
 }
 
+// A small tensor of any float dtype as float32.
+std::vector<float> float_values(const char* op, const char* name, const Tensor& t) {
+  check_dense(op, name, t);
+  std::vector<float> values(t.numel());
+  const void* data = t.const_data_ptr();
+  if (t.scalar_type() == ScalarType::Double) {
+    std::copy_n(static_cast<const double*>(data), values.size(), values.begin());
+    return values;
+  }
+  with_type(check_values(op, name, t), [&](auto* type) {
+    const auto* source = typed(data, type);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = to_float(source[i]);
+  });
+  return values;
+}
+
 // Rows of x [..., width] as one matrix.
 int64_t check_rows(const char* op, const char* name, const Tensor& x, int64_t width) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == width, op, ": ", name, " must have ",
@@ -96,10 +115,11 @@ Tensor histogram(const Tensor& weight, int64_t block_size, int64_t bins) {
                   "histogram: bins must be a power of two from 2 to 16777216, got ", bins);
   const int64_t blocks[] = {ceil_div(a.numel, block_size)};
   Tensor absmax = torch::stable::new_empty(weight, {blocks, 1}, ScalarType::Float);
-  Tensor counts = torch::stable::new_zeros(weight, {&bins, 1}, ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(weight, {&bins, 1}, ScalarType::Long);
   a.weight = weight.const_data_ptr();
   a.absmax = absmax.mutable_data_ptr<float>();
   a.counts = counts.mutable_data_ptr<int64_t>();
+  std::fill_n(a.counts, bins, int64_t{0});
   kernels().histogram(a, kTorchPool);
   return counts;
 }
@@ -120,9 +140,19 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& absmax,
   EmbeddingArgs a;
   a.dtype = dtype_of("embedding", dtype);
   a.weight = check_weight("embedding", codes, absmax, codebook, block_size, false);
-  check_dtype("embedding", "ids", ids, ScalarType::Long);
-  a.ids = ids.const_data_ptr<int64_t>();
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int,
+                  "embedding: ids must be int32 or int64");
+  check_dense("embedding", "ids", ids);
   a.count = ids.numel();
+  std::vector<int64_t> widened;
+  if (wide) {
+    a.ids = ids.const_data_ptr<int64_t>();
+  } else {
+    const int32_t* narrow = ids.const_data_ptr<int32_t>();
+    widened.assign(narrow, narrow + a.count);
+    a.ids = widened.data();
+  }
   for (int64_t i = 0; i < a.count; ++i) {
     STD_TORCH_CHECK(a.ids[i] >= 0 && a.ids[i] < a.weight.rows, "embedding: id ", a.ids[i],
                     " is out of range for ", a.weight.rows, " rows");
@@ -139,12 +169,12 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const 
   a.dtype = check_values("linear", "x", x);
   a.weight = check_weight("linear", codes, absmax, codebook, block_size, false);
   a.m = check_rows("linear", "x", x, a.weight.cols);
-  a.bias = nullptr;
+  std::vector<float> addend;
   if (bias.has_value()) {
-    check_dtype("linear", "bias", *bias, ScalarType::Float);
     check_numel("linear", "bias", *bias, a.weight.rows);
-    a.bias = bias->const_data_ptr<float>();
+    addend = float_values("linear", "bias", *bias);
   }
+  a.bias = bias.has_value() ? addend.data() : nullptr;
   Tensor y = torch::stable::new_empty(x, with_last(x, x.dim() - 1, a.weight.rows));
   a.x = x.const_data_ptr();
   a.y = y.mutable_data_ptr();

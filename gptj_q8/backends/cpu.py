@@ -77,7 +77,7 @@ def embedding(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return _ops.embedding(ids.long(), codes, absmax, codebook, block_size, dtype)
+    return _ops.embedding(ids, codes, absmax, codebook, block_size, dtype)
 
 
 def linear(
@@ -88,8 +88,6 @@ def linear(
     bias: Tensor | None,
     block_size: int,
 ) -> Tensor:
-    # The kernels add a float32 bias; other dtypes convert to it (float64 rounds).
-    bias = bias if bias is None else bias.float()
     return _ops.linear(x, codes, absmax, codebook, bias, block_size)
 
 

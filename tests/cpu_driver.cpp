@@ -1,0 +1,150 @@
+// Runs every CPU kernel on heap buffers of exactly the right size, without Python or PyTorch, and
+// compares with plain loops in double. Built with AddressSanitizer and UndefinedBehaviorSanitizer
+// by test_cpu.py, so that one byte read or written outside a buffer ends it.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../csrc/cpu/isa.h"
+
+namespace {
+
+using namespace gptj_q8;
+
+std::mt19937 generator(1);
+
+float normal() {
+  return std::normal_distribution<float>()(generator);
+}
+
+// Three threads, whatever the machine, over three even pieces.
+const Pool kThreads{[](int64_t count, int64_t, Pool::Task task, void* context) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t begin = count * i / 3, end = count * (i + 1) / 3;
+    if (begin < end) threads.emplace_back(task, context, begin, end);
+  }
+  for (std::thread& thread : threads) thread.join();
+}};
+
+template <class T>
+std::vector<T> random_values(int64_t n) {
+  std::vector<T> values(n);
+  for (T& value : values) from_float(normal(), &value);
+  return values;
+}
+
+int failures = 0;
+
+void expect(bool right, const char* what, int64_t m, int64_t n, int64_t k, int shift) {
+  if (right) return;
+  ++failures;
+  std::printf("%s: wrong at M=%lld N=%lld K=%lld block=%d\n", what, static_cast<long long>(m),
+              static_cast<long long>(n), static_cast<long long>(k), 1 << shift);
+}
+
+template <class T>
+bool close(const std::vector<T>& actual, const std::vector<double>& truth, double bound) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double difference = to_float(actual[i]) - truth[i];
+    error += difference * difference;
+    size += truth[i] * truth[i];
+  }
+  return std::sqrt(error) <= bound * std::sqrt(size);
+}
+
+template <class T>
+void check(DType dtype, double bound, int64_t m, int64_t n, int64_t k, int shift,
+           const std::vector<float>& codebook) {
+  const int64_t numel = n * k, blocks = ceil_div(numel, int64_t{1} << shift);
+  const std::vector<T> weight = random_values<T>(numel);
+  std::vector<uint8_t> codes(numel);
+  std::vector<float> absmax(blocks);
+  kernels().quantize(
+      {weight.data(), dtype, numel, shift, codebook.data(), codes.data(), absmax.data()}, kThreads);
+  std::vector<double> decoded(numel);
+  bool nearest = true;
+  for (int64_t i = 0; i < numel; ++i) {
+    const float r = normalize(to_float(weight[i]), absmax[i >> shift]);
+    int code = 0;
+    while (code < 255 && midpoint(codebook[code], codebook[code + 1]) < r) ++code;
+    nearest &= code == codes[i];
+    decoded[i] = codebook[codes[i]] * absmax[i >> shift];
+  }
+  expect(nearest, "quantize", m, n, k, shift);
+
+  const Weight matrix{codes.data(), absmax.data(), codebook.data(), shift, n, k};
+  const Weight flat{codes.data(), absmax.data(), codebook.data(), shift, 1, numel};
+  std::vector<T> values(numel);
+  kernels().dequantize({flat, values.data(), dtype}, kThreads);
+  expect(close(values, decoded, bound), "dequantize", m, n, k, shift);
+
+  const std::vector<int64_t> ids{n - 1, 0};
+  std::vector<T> rows(2 * k);
+  kernels().embedding({ids.data(), 2, matrix, rows.data(), dtype}, kThreads);
+  std::vector<double> chosen(decoded.end() - k, decoded.end());
+  chosen.insert(chosen.end(), decoded.begin(), decoded.begin() + k);
+  expect(close(rows, chosen, bound), "embedding", m, n, k, shift);
+
+  const std::vector<T> x = random_values<T>(m * k), dy = random_values<T>(m * n);
+  const std::vector<float> bias = random_values<float>(n);
+  std::vector<T> y(m * n), dx(m * k);
+  std::vector<double> y_truth(m * n), dx_truth(m * k);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      y_truth[i * n + j] = bias[j];
+      for (int64_t l = 0; l < k; ++l) {
+        y_truth[i * n + j] += to_float(x[i * k + l]) * decoded[j * k + l];
+        dx_truth[i * k + l] += to_float(dy[i * n + j]) * decoded[j * k + l];
+      }
+    }
+  }
+  kernels().linear({x.data(), dtype, m, matrix, bias.data(), y.data()}, kThreads);
+  expect(close(y, y_truth, 2 * bound), "linear", m, n, k, shift);
+  kernels().linear_grad_input({dy.data(), dtype, m, matrix, dx.data()}, kThreads);
+  expect(close(dx, dx_truth, 2 * bound), "linear_grad_input", m, n, k, shift);
+
+  std::vector<float> scratch(blocks);
+  std::vector<int64_t> counts(64);
+  kernels().histogram({weight.data(), dtype, numel, shift, 64, scratch.data(), counts.data()},
+                      kThreads);
+  expect(scratch == absmax, "histogram", m, n, k, shift);
+
+  std::vector<T> param = weight;
+  std::vector<uint8_t> v_codes(numel, 200);
+  std::vector<float> v_absmax(blocks, 1.0f);
+  kernels().adam_step({param.data(), dtype, values.data(), dtype, numel, shift, codes.data(),
+                       absmax.data(), v_codes.data(), v_absmax.data(), codebook.data(),
+                       codebook.data(), 1e-3, 0.9, 0.999, 1e-8, 0.01, 3},
+                      kThreads);
+}
+
+}  // namespace
+
+int main() {
+  std::vector<float> exact(256), arbitrary(256);
+  for (int i = 0; i < 256; ++i) {
+    arbitrary[i] = (i - 128) / 128.0f * 0.987654321f;
+    exact[i] = (i - 128) / 128.0f;
+  }
+  const int64_t shapes[][3] = {{1, 1, 1},    {2, 3, 5},     {3, 7, 33},   {4, 65, 100},
+                               {5, 17, 257}, {13, 66, 130}, {7, 130, 64}, {70, 5, 1030},
+                               {6, 64, 512}, {1, 9, 4500},  {4, 12, 256}, {16, 40, 1100}};
+  for (int i = 0; usable_isa(i) != nullptr; ++i) {
+    select_isa(usable_isa(i));
+    for (const auto& [m, n, k] : shapes) {
+      for (int shift : {5, 6, 8, 12}) {
+        for (const auto& codebook : {exact, arbitrary}) {
+          check<float>(DType::float32, 5e-6, m, n, k, shift, codebook);
+          check<bf16>(DType::bfloat16, 4e-3, m, n, k, shift, codebook);
+          check<f16>(DType::float16, 5e-4, m, n, k, shift, codebook);
+        }
+      }
+    }
+    std::printf("%s: %d failures\n", usable_isa(i), failures);
+  }
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,329 @@
+"""What is particular to the compiled CPU backend: instruction sets, threads, memory, the build."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, TABLES, random_quantized, relative_error
+from torch import Tensor
+
+from gptj_q8 import backends
+from gptj_q8.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "gptj_q8" / "_cpu.abi3.so"
+
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
+)
+
+
+def variants() -> list[str]:
+    return cpu.variants() if backends.unavailable("cpu") is None else []
+
+
+@pytest.fixture(params=variants())
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cpu.use_variant(request.param):
+        yield request.param
+
+
+def every_op(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """The results of all ops on one fixed random case."""
+    generator = torch.Generator().manual_seed(0)
+    table = TABLES["arbitrary"]()
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    dy = torch.randn(m, n, generator=generator).to(dtype)
+    codes, absmax = cpu.quantize(weight, table, block_size)
+    v_codes = torch.randint(128, 256, codes.shape, generator=generator, dtype=torch.uint8)
+    param, m_state, v_state = weight.clone(), [codes.clone(), absmax.clone()], [v_codes, absmax + 1]
+    cpu.adam_step_(
+        param, weight, *m_state, *v_state, table, table, 1e-3, 0.9, 0.999, 1e-8, 0.1, 2, block_size
+    )
+    return [
+        codes,
+        absmax,
+        cpu.histogram(weight, block_size, 1024),
+        cpu.dequantize(codes, absmax, table, block_size, dtype),
+        cpu.embedding(torch.tensor([n - 1, 0]), codes, absmax, table, block_size, dtype),
+        cpu.linear(x, codes, absmax, table, None, block_size),
+        cpu.linear_grad_input(dy, codes, absmax, table, block_size),
+        param,
+        *m_state,
+        *v_state,
+    ]
+
+
+def test_variants_can_be_forced_and_go_back() -> None:
+    before = cpu.instruction_set()
+    assert before == cpu.variants()[0]
+    assert "portable" in cpu.variants()
+    with cpu.use_variant("portable"):
+        assert cpu.instruction_set() == "portable"
+    assert cpu.instruction_set() == before
+    with pytest.raises(RuntimeError, match="no instruction set z80"), cpu.use_variant("z80"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [32, 256, 4096])
+def test_codes_and_counts_agree_bit_for_bit(block_size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(37, 531, generator=generator)
+    weight[3] *= 1e-30  # subnormal in float16, zero in part
+    weight[4] = 0
+    weight[5] *= 1e-41  # subnormal scales
+    weight = weight.to(dtype)
+    for codebook in TABLES.values():
+        results = []
+        for name in cpu.variants():
+            with cpu.use_variant(name):
+                codes, absmax = cpu.quantize(weight, codebook(), block_size)
+                results.append((codes, absmax, cpu.histogram(weight, block_size, 65536)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 200), (4, 129, 512), (11, 200, 333)])
+def test_thread_count_changes_no_bit(
+    m: int, n: int, k: int, dtype: torch.dtype, variant: str
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = every_op(m, n, k, 64, dtype)
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            several = every_op(m, n, k, 64, dtype)
+            assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_products_agree_on_both_sides_of_every_threshold(variant: str) -> None:
+    # One row at a time, the first rows of any larger call must be the same within rounding.
+    w = random_quantized(96, 512, 256, "gaussian")
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        x = torch.randn(20, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
+        truth = x.double() @ w.truth.T
+        for m in range(1, 21):
+            y = cpu.linear(x[:m], *w.parts, None, 256)
+            assert relative_error(y, truth[:m]) < bound
+
+
+class GuardedPages:
+    """Copies of tensors that end exactly where unreadable memory begins."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def copy(self, t: Tensor) -> Tensor:
+        size = t.numel() * t.element_size()
+        room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = mmap.mmap(-1, room + mmap.PAGESIZE)
+        self._maps.append(pages)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        if self._libc.mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+        copied = torch.frombuffer(pages, dtype=t.dtype, count=t.numel(), offset=room - size)
+        return copied.view(t.shape).copy_(t)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect as Linux has it")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 77), (6, 67, 129), (17, 66, 320)])
+def test_nothing_is_read_past_the_end(
+    m: int, n: int, k: int, dtype: torch.dtype, variant: str
+) -> None:
+    pages = GuardedPages()
+    for block_size in (32, 256):
+        w = random_quantized(n, k, block_size, "arbitrary")
+        parts = [pages.copy(part) for part in w.parts]
+        x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+        weight = torch.randn(n, k).to(dtype)
+        y = cpu.linear(pages.copy(x), *parts, pages.copy(torch.ones(n)), block_size)
+        assert torch.equal(y, cpu.linear(x, *w.parts, torch.ones(n), block_size))
+        dx = cpu.linear_grad_input(pages.copy(dy), *parts, block_size)
+        assert torch.equal(dx, cpu.linear_grad_input(dy, *w.parts, block_size))
+        decoded = cpu.dequantize(*parts, block_size, dtype)
+        assert torch.equal(decoded, w.truth.float().to(dtype))
+        assert torch.equal(cpu.embedding(torch.arange(n), *parts, block_size, dtype), decoded)
+        guarded = pages.copy(weight)
+        codes, absmax = cpu.quantize(guarded, parts[2], block_size)
+        assert torch.equal(codes, cpu.quantize(weight, w.codebook, block_size)[0])
+        assert cpu.histogram(guarded, block_size, 64).sum() > 0
+        state = [pages.copy(s) for s in (codes, absmax, codes, absmax)]
+        cpu.adam_step_(
+            guarded, guarded.clone(), *state, parts[2], parts[2], 1e-3, 0.9, 0.9, 1e-8, 0, 1,
+            block_size,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_subnormal_scales_and_flushing(flush: bool, variant: str) -> None:
+    table = TABLES["gaussian"]()
+    weight = torch.tensor([1e-40, -1e-41, 5e-45, 0.0] * 8 + [1.0, -0.5, 0.25, 0.0] * 8)
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        codes, absmax = cpu.quantize(weight, table, 32)
+        decoded = cpu.dequantize(codes, absmax, table, 32, torch.float32)
+        x = torch.ones(1, 64)
+        y = cpu.linear(x, codes.view(1, 64), absmax, table, None, 32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert ((decoded - weight).abs() <= 0.02 * (absmax.repeat_interleave(32) + 1e-38)).all()
+    assert torch.isfinite(y).all()
+    if not flush:
+        assert absmax[0] == np.float32(1e-40)
+
+
+def test_weights_that_are_not_finite_do_not_crash(variant: str) -> None:
+    # The op refuses them; the kernels must still stay inside their tables.
+    table = TABLES["dynamic"]()
+    weight = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 20)
+    codes, absmax = cpu.quantize(weight, table, 32)
+    cpu.histogram(weight, 32, 64)
+    cpu.dequantize(codes, absmax, table, 32, torch.bfloat16)
+
+
+def test_bindings_refuse_what_would_be_unsafe() -> None:
+    w = random_quantized(6, 40, 32)
+    x = torch.randn(2, 40)
+    codes, absmax, table = w.parts
+    for arguments, message in [
+        ((x, codes, absmax[:-1].contiguous(), table, None, 32), "absmax must have 8 blocks, got 7"),
+        ((x, codes, absmax, table[:-1].contiguous(), None, 32), "codebook must have 256 levels"),
+        ((x, codes, absmax, table, None, 48), "block_size must be a power of two"),
+        ((x[:, :-1].contiguous(), codes, absmax, table, None, 32), "x must have 40 values"),
+        ((x, codes, absmax.double(), table, None, 32), "absmax has the wrong dtype"),
+        ((x.double(), codes, absmax, table, None, 32), "x must be float32"),
+        ((x, codes.t(), absmax, table, None, 32), "codes must be contiguous"),
+        ((x, codes, absmax, table, torch.ones(5), 32), "bias must have 6 elements, got 5"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            cpu.linear(*arguments)
+    with pytest.raises(RuntimeError, match="id 6 is out of range for 6 rows"):
+        cpu.embedding(torch.tensor([0, 6]), codes, absmax, table, 32, torch.float32)
+
+
+def test_concurrent_callers_with_different_codebooks() -> None:
+    cases = [random_quantized(200, 300, 64, name, seed) for seed, name in enumerate(TABLES)]
+    x = torch.randn(3, 300)
+    expected = [cpu.linear(x, *w.parts, None, 64) for w in cases]
+    start = threading.Barrier(len(cases))
+
+    def call(i: int) -> bool:
+        start.wait()
+        results = [cpu.linear(x, *cases[i].parts, None, 64) for _ in range(50)]
+        return all(torch.equal(y, expected[i]) for y in results)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        assert all(pool.map(call, range(len(cases))))
+
+
+FORKED_CHILD = """
+import os, signal, sys, torch
+from gptj_q8.backends import cpu
+torch.set_num_threads(3)
+table = torch.linspace(-1, 1, 256)
+weight, x = torch.randn(512, 512), torch.randn(40, 512)
+bias, ids = torch.zeros(50400, dtype=torch.bfloat16), torch.arange(512, dtype=torch.int32)
+head = torch.zeros(50400, 32, dtype=torch.uint8), torch.ones(50400)
+
+def results():
+    codes, absmax = cpu.quantize(weight, table, 64)
+    return [each.numpy() for each in (
+        codes,
+        cpu.histogram(weight, 64, 65536),
+        cpu.dequantize(codes, absmax, table, 64, torch.float32),
+        cpu.embedding(ids, codes, absmax, table, 64, torch.float32),
+        cpu.linear(x, codes, absmax, table, None, 64),
+        cpu.linear_grad_input(x, codes, absmax, table, 64),
+        cpu.linear(x[:, :32].contiguous(), *head, table, bias, 32),
+    )]
+
+before = results()  # starts the threads that a fork loses
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a hang ends here, as a failure
+    # Compared by NumPy: PyTorch's own comparison may hang here.
+    same = all((a == b).all() for a, b in zip(before, results()))
+    os._exit(0 if same else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+def test_a_forked_child_computes_and_does_not_hang() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED_CHILD], cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0
+
+
+def test_only_gated_files_hold_gated_instructions() -> None:
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump (binutils) is not installed")
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "x86-64" in listing or cpu.variants() == ["portable"]
+    function, inside, outside = "", set(), set()
+    for line in listing.splitlines():
+        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            function = heading[1]
+        elif re.search(r"%[yz]mm|%xmm(1[6-9]|2\d|3[01])|%k[0-7]\b|\tv[a-z]", line):
+            (inside if "avx512::" in function else outside).add(function)
+    assert not outside, f"AVX instructions outside the gated files: {sorted(outside)}"
+    if "avx512" in cpu.variants():
+        assert inside
+
+
+def build_settings():
+    spec = importlib.util.spec_from_file_location("gptj_q8_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    settings = build_settings()
+    if shutil.which(settings.cxx()[0]) is None:
+        pytest.skip(f"no compiler {settings.cxx()[0]}")
+    flags = [*settings.FLAGS.split(), "-O1", "-g", "-fsanitize=address,undefined"]
+    flags += ["-fno-sanitize-recover=all", "-Werror"]
+    have = [f"-DQ8_HAVE_{name.upper()}" for name in cpu.variants() if name != "portable"]
+    kernels = [p for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.stem not in ("ops", "pool")]
+
+    def compile_one(source: Path) -> str:
+        isa = source.stem.rpartition("_")[2]
+        gate = settings.INSTRUCTION_SETS[isa][1] if isa in settings.INSTRUCTION_SETS else ""
+        target = str(tmp_path / f"{source.stem}.o")
+        command = [*settings.cxx(), *flags, *gate.split(), *have, "-c", str(source), "-o", target]
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, [*kernels, ROOT / "tests" / "cpu_driver.cpp"]))
+    driver = str(tmp_path / "driver")
+    subprocess.run([*settings.cxx(), *flags, *objects, "-pthread", "-o", driver], check=True)
+    subprocess.run([driver], check=True)
