@@ -31,13 +31,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def variants() -> list[str]:
-    return cpu.variants() if backends.unavailable("cpu") is None else []
+def instruction_sets() -> list[str]:
+    return cpu.instruction_sets() if backends.unavailable("cpu") is None else []
 
 
-@pytest.fixture(params=variants())
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.use_variant(request.param):
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cpu.force_isa(request.param):
         yield request.param
 
 
@@ -68,14 +68,14 @@ def every_op(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> lis
     ]
 
 
-def test_variants_can_be_forced_and_go_back() -> None:
+def test_an_instruction_set_can_be_forced() -> None:
     before = cpu.instruction_set()
-    assert before == cpu.variants()[0]
-    assert "portable" in cpu.variants()
-    with cpu.use_variant("portable"):
+    assert before == cpu.instruction_sets()[0]
+    assert "portable" in cpu.instruction_sets()
+    with cpu.force_isa("portable"):
         assert cpu.instruction_set() == "portable"
     assert cpu.instruction_set() == before
-    with pytest.raises(RuntimeError, match="no instruction set z80"), cpu.use_variant("z80"):
+    with pytest.raises(RuntimeError, match="no instruction set z80"), cpu.force_isa("z80"):
         pass
 
 
@@ -90,8 +90,8 @@ def test_codes_and_counts_agree_bit_for_bit(block_size: int, dtype: torch.dtype)
     weight = weight.to(dtype)
     for codebook in TABLES.values():
         results = []
-        for name in cpu.variants():
-            with cpu.use_variant(name):
+        for name in cpu.instruction_sets():
+            with cpu.force_isa(name):
                 codes, absmax = cpu.quantize(weight, codebook(), block_size)
                 results.append((codes, absmax, cpu.histogram(weight, block_size, 65536)))
         for other in results[1:]:
@@ -100,9 +100,7 @@ def test_codes_and_counts_agree_bit_for_bit(block_size: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 200), (4, 129, 512), (11, 200, 333)])
-def test_thread_count_changes_no_bit(
-    m: int, n: int, k: int, dtype: torch.dtype, variant: str
-) -> None:
+def test_thread_count_changes_no_bit(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -115,7 +113,7 @@ def test_thread_count_changes_no_bit(
         torch.set_num_threads(threads)
 
 
-def test_products_agree_on_both_sides_of_every_threshold(variant: str) -> None:
+def test_products_agree_on_both_sides_of_every_threshold(isa: str) -> None:
     # One row at a time, the first rows of any larger call must be the same within rounding.
     w = random_quantized(96, 512, 256, "gaussian")
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
@@ -148,9 +146,7 @@ class GuardedPages:
 @pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect as Linux has it")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 77), (6, 67, 129), (17, 66, 320)])
-def test_nothing_is_read_past_the_end(
-    m: int, n: int, k: int, dtype: torch.dtype, variant: str
-) -> None:
+def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     pages = GuardedPages()
     for block_size in (32, 256):
         w = random_quantized(n, k, block_size, "arbitrary")
@@ -176,7 +172,7 @@ def test_nothing_is_read_past_the_end(
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_subnormal_scales_and_flushing(flush: bool, variant: str) -> None:
+def test_subnormal_scales_and_flushing(flush: bool, isa: str) -> None:
     table = TABLES["gaussian"]()
     weight = torch.tensor([1e-40, -1e-41, 5e-45, 0.0] * 8 + [1.0, -0.5, 0.25, 0.0] * 8)
     if not torch.set_flush_denormal(flush):
@@ -194,7 +190,7 @@ def test_subnormal_scales_and_flushing(flush: bool, variant: str) -> None:
         assert absmax[0] == np.float32(1e-40)
 
 
-def test_weights_that_are_not_finite_do_not_crash(variant: str) -> None:
+def test_weights_that_are_not_finite_do_not_crash(isa: str) -> None:
     # The op refuses them; the kernels must still stay inside their tables.
     table = TABLES["dynamic"]()
     weight = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 20)
@@ -285,7 +281,7 @@ def test_only_gated_files_hold_gated_instructions() -> None:
         text=True,
         check=True,
     ).stdout
-    assert "x86-64" in listing or cpu.variants() == ["portable"]
+    assert "x86-64" in listing or cpu.instruction_sets() == ["portable"]
     function, inside, outside = "", set(), set()
     for line in listing.splitlines():
         if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
@@ -293,7 +289,7 @@ def test_only_gated_files_hold_gated_instructions() -> None:
         elif re.search(r"%[yz]mm|%xmm(1[6-9]|2\d|3[01])|%k[0-7]\b|\tv[a-z]", line):
             (inside if "avx512::" in function else outside).add(function)
     assert not outside, f"AVX instructions outside the gated files: {sorted(outside)}"
-    if "avx512" in cpu.variants():
+    if "avx512" in cpu.instruction_sets():
         assert inside
 
 
@@ -311,7 +307,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"no compiler {settings.cxx()[0]}")
     flags = [*settings.FLAGS.split(), "-O1", "-g", "-fsanitize=address,undefined"]
     flags += ["-fno-sanitize-recover=all", "-Werror"]
-    have = [f"-DQ8_HAVE_{name.upper()}" for name in cpu.variants() if name != "portable"]
+    have = [f"-DQ8_HAVE_{name.upper()}" for name in cpu.instruction_sets() if name != "portable"]
     kernels = [p for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.stem not in ("ops", "pool")]
 
     def compile_one(source: Path) -> str:

@@ -15,6 +15,8 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -34,21 +36,43 @@ struct AdamFactors {
         eps(static_cast<float>(a.eps)) {}
 };
 
-template <class P, class G>
-void update_block(const AdamFactors& f, int64_t n, const G* __restrict__ grad,
-                  P* __restrict__ param, float* __restrict__ m, float* __restrict__ v) {
+// A function of its own, with the factors by value: else compilers assume that stores change them
+// and do not vectorize.
+__attribute__((noinline)) inline void update_block(const AdamFactors f, int64_t n,
+                                                   const float* __restrict__ grad,
+                                                   float* __restrict__ param, float* __restrict__ m,
+                                                   float* __restrict__ v) {
   for (int64_t i = 0; i < n; ++i) {
-    const float g = to_float(grad[i]);
-    const bool finite = (bits_of(g) & 0x7f800000u) != 0x7f800000u;
-    const float new_m = f.beta1 * m[i] + f.one_minus_beta1 * g;
-    const float new_v = f.beta2 * v[i] + f.one_minus_beta2 * (g * g);
-    const float old = to_float(param[i]);
+    const float g = grad[i], old_m = m[i], old_v = v[i], old = param[i];
+    const bool finite = std::fabs(g) <= std::numeric_limits<float>::max();  // false for NaN
+    const float new_m = f.beta1 * old_m + f.one_minus_beta1 * g;
+    const float new_v = f.beta2 * old_v + f.one_minus_beta2 * (g * g);
     const float step = f.rate * (new_m / (std::sqrt(new_v) / f.root + f.eps));
-    m[i] = finite ? new_m : m[i];
-    v[i] = finite ? new_v : v[i];
-    P updated;
-    from_float(old * f.decay - step, &updated);
-    param[i] = finite ? updated : param[i];
+    m[i] = finite ? new_m : old_m;
+    v[i] = finite ? new_v : old_v;
+    param[i] = finite ? old * f.decay - step : old;
+  }
+}
+
+// Takes the level 0 away from values above 0.
+__attribute__((noinline)) inline void lift_zeros(const float* __restrict__ v, int64_t n,
+                                                 uint8_t smallest_positive,
+                                                 uint8_t* __restrict__ codes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint8_t least = v[i] > 0.0f ? smallest_positive : uint8_t{0};
+    const uint8_t code = codes[i];
+    codes[i] = code < least ? least : code;
+  }
+}
+
+// Values as float32: themselves, or a copy in `room`.
+template <class T>
+Q8_INLINE auto* as_floats(T* values, int64_t n, float* room) {
+  if constexpr (std::is_same_v<std::remove_const_t<T>, float>) {
+    return values;
+  } else {
+    convert(values, n, room);
+    return room;
   }
 }
 
@@ -62,6 +86,8 @@ void adam_typed(const AdamArgs& a, const Pool& pool, P* param, const G* grad) {
   auto update_blocks = [&](int64_t begin, int64_t end) {
     alignas(64) float m[kMaxBlock];
     alignas(64) float v[kMaxBlock];
+    alignas(64) float param_room[kMaxBlock];
+    alignas(64) float grad_room[kMaxBlock];
     const Decoder m_decoder(a.m_codebook), v_decoder(a.v_codebook);
     const Encoder m_encoder(a.m_codebook), v_encoder(a.v_codebook);
     for (int64_t b = begin; b < end; ++b) {
@@ -71,15 +97,14 @@ void adam_typed(const AdamArgs& a, const Pool& pool, P* param, const G* grad) {
       uint8_t* v_codes = a.v_codes + first;
       m_decoder.run(m_codes, n, a.m_absmax[b], m);
       v_decoder.run(v_codes, n, a.v_absmax[b], v);
-      update_block(factors, n, grad + first, param + first, m, v);
+      float* p = as_floats(param + first, n, param_room);
+      update_block(factors, n, as_floats(grad + first, n, grad_room), p, m, v);
+      if constexpr (!std::is_same_v<P, float>) convert(p, n, param + first);
       a.m_absmax[b] = max_abs(m, n);
       a.v_absmax[b] = max_abs(v, n);
       m_encoder.run(m, n, a.m_absmax[b], m_codes);
       v_encoder.run(v, n, a.v_absmax[b], v_codes);
-      for (int64_t i = 0; i < n; ++i) {
-        const bool lift = v[i] > 0.0f && v_codes[i] < smallest_positive;
-        v_codes[i] = static_cast<uint8_t>(lift ? smallest_positive : v_codes[i]);
-      }
+      lift_zeros(v, n, static_cast<uint8_t>(smallest_positive), v_codes);
     }
   };
   const int64_t blocks = ceil_div(a.numel, int64_t{1} << a.block_shift);

@@ -52,10 +52,10 @@ void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
         decode_span(decoder, w, n * w.cols, (n + 1) * w.cols, decoded.data());
         float sums[kRowsPerPass];
         int64_t m = 0;
-        for (; m + 2 <= rows; m += 2) {
-          dot<2>(inputs.data() + m * w.cols, decoded.data(), w.cols, sums + m);
+        for (; m + 4 <= rows; m += 4) {
+          dot<4>(inputs.data() + m * w.cols, decoded.data(), w.cols, sums + m);
         }
-        if (m < rows) dot<1>(inputs.data() + m * w.cols, decoded.data(), w.cols, sums + m);
+        for (; m < rows; ++m) dot<1>(inputs.data() + m * w.cols, decoded.data(), w.cols, sums + m);
         for (m = 0; m < rows; ++m) {
           const float sum = a.bias ? sums[m] + a.bias[n] : sums[m];
           from_float(sum, &y[(first + m) * w.rows + n]);

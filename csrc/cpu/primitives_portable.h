@@ -30,16 +30,27 @@ struct Encoder {
 
   template <class T>
   void run(const T* weight, int64_t n, float absmax, uint8_t* codes) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const float r = normalize(to_float(weight[i]), absmax);
-      int code = 0;
+    constexpr int kTogether = 8;  // searches whose loads overlap
+    for (int64_t i = 0; i < n; i += kTogether) {
+      const int count = static_cast<int>(min_of(kTogether, n - i));
+      float r[kTogether] = {};
+      int code[kTogether] = {};
+      for (int j = 0; j < count; ++j) r[j] = normalize(to_float(weight[i + j]), absmax);
       for (int step = kLevels / 2; step > 0; step /= 2) {
-        code += midpoints[code + step - 1] < r ? step : 0;
+        for (int j = 0; j < kTogether; ++j) {
+          code[j] += step * static_cast<int>(midpoints[code[j] + step - 1] < r[j]);
+        }
       }
-      codes[i] = static_cast<uint8_t>(code);
+      for (int j = 0; j < count; ++j) codes[i + j] = static_cast<uint8_t>(code[j]);
     }
   }
 };
+
+// out[i] = in[i], rounded where that is needed.
+template <class From, class To>
+void convert(const From* in, int64_t n, To* out) {
+  for (int64_t i = 0; i < n; ++i) from_float(to_float(in[i]), &out[i]);
+}
 
 template <class T>
 float max_abs(const T* weight, int64_t n) {

@@ -39,13 +39,13 @@ def instruction_set() -> str:
     return _ops.isa()
 
 
-def variants() -> list[str]:
+def instruction_sets() -> list[str]:
     """The instruction sets that this build has and this CPU can run, best first."""
     return _ops.usable_isas().split()
 
 
 @contextmanager
-def use_variant(name: str) -> Iterator[None]:
+def force_isa(name: str) -> Iterator[None]:
     """Within it one instruction set serves all calls of the process: for tests and timing."""
     before = _ops.isa()
     _ops.set_isa(name)
