@@ -1,0 +1,310 @@
+"""Converts a checkpoint on disk to 8 bits, file to file, holding one tensor at a time."""
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptj_q8 import checks, convert, ops, stored
+from gptj_q8.codebooks import CODEBOOKS
+from gptj_q8.config import FORMAT_VERSION, Q8Config
+from gptj_q8.models import RULES, Rule
+from gptj_q8.shards import Entry, Shard, Writer, find, new_directory, parse_size, plan
+
+# What goes along with the weights as it is.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Elements compared at a time; any multiple of every block size.
+_ERROR_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the decoded weights of one kind of layer are from the original ones.
+
+    kind: such as "attn.q_proj" or "lm_head"; tensors, weights: how many;
+    relative_rmse: root of (sum of squared errors / sum of squared weights).
+    """
+
+    kind: str
+    tensors: int
+    weights: int
+    relative_rmse: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_checkpoint` did.
+
+    bytes_before, bytes_after: of the weight files. weights: how many were quantized, at
+    bits_per_weight with scales and codebooks. layers: the error of each kind.
+    kept: names of the Linear and Embedding modules left in float.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    weights: int
+    bits_per_weight: float
+    layers: list[LayerError]
+    kept: list[str]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    config: Q8Config | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ConversionReport:
+    """Write the model in `source` to `target` in 8 bits, with its tokenizer.
+
+    source: a directory or a Hub id, with safetensors or pytorch_model.bin, sharded or not.
+    dtype: of the tensors that stay in float and of the layers' arithmetic; None keeps the model's.
+    on_progress(done, total): called after each tensor, in bytes read.
+
+    `target` comes to be when everything is written and on the disk; after any failure it is as it
+    was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
+    replaced. FileNotFoundError without weights or with a shard missing; ValueError for NaN or Inf,
+    for damaged files and for a model that is quantized already.
+    """
+    config = config or Q8Config()
+    target = Path(target).expanduser().absolute()
+    shard_bytes = parse_size(max_shard_size)
+    with new_directory(target, overwrite) as partial:
+        directory = _local(source)
+        files = find(directory)
+        job = _Job(directory, files, config, dtype)
+        entries = job.announce()
+        metadata = {"format_version": str(FORMAT_VERSION)}
+        writer = Writer(partial, entries, plan(entries, shard_bytes), metadata)
+        total = sum(entry.bytes for entry in job.entries.values())
+        done = 0
+        for name, tensors in job.run():
+            for part, tensor in tensors.items():
+                writer.write(part, tensor)
+            done += job.entries[name].bytes
+            if on_progress is not None:
+                on_progress(done, total)
+        writer.close()
+        job.model_config.save_pretrained(partial)
+        for pattern in _COMPANIONS:
+            for path in directory.glob(pattern):
+                shutil.copyfile(path, partial / path.name)
+        before = sum(path.stat().st_size for path in files)
+        after = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    return job.report(before, after)
+
+
+def _local(source: str | Path) -> Path:
+    """Return the directory of `source`, downloaded if it is a Hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such directory")
+    from huggingface_hub import HfApi, snapshot_download
+
+    names = HfApi().list_repo_files(source)
+    weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
+    return Path(snapshot_download(source, allow_patterns=[weights, "*.json", *_COMPANIONS]))
+
+
+@dataclass
+class _Sums:
+    tensors: int = 0
+    weights: int = 0
+    error: float = 0.0
+    square: float = 0.0
+
+
+@dataclass
+class _Job:
+    """One conversion: which tensors there are, what becomes of each, and its error."""
+
+    directory: Path
+    files: list[Path]
+    config: Q8Config
+    dtype: torch.dtype | None
+    entries: dict[str, Entry] = field(default_factory=dict)
+    sums: dict[str, _Sums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model_config, skeleton = _skeleton(self.directory)
+        if self.dtype is not None:
+            self.model_config.dtype = self.dtype
+        self.model_config.quantization_config = self.config
+        self.shards = {str(path): Shard(path) for path in self.files}
+        for shard in self.shards.values():
+            self.entries.update(shard.entries())
+        self.rule = RULES.get(self.model_config.model_type)
+        for name in _leftovers(skeleton, self.rule, self.entries):
+            del self.entries[name]
+        self.kinds, self.copies = self._sort(skeleton)
+        if not self.kinds:
+            raise ValueError(f"{self.directory}: holds no weight of an nn.Linear or nn.Embedding")
+        float_names = {
+            name
+            for name, module in skeleton.named_modules()
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+        }
+        self.kept = sorted(float_names - self.quantized)
+
+    def _sort(self, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
+        """Find the weights to quantize, with the kind of each, and second copies of tied ones."""
+        kinds: dict[str, str] = {}
+        copies: dict[str, str] = {}
+        self.quantized: set[str] = set()
+        prefix = skeleton.base_model_prefix
+        tied = skeleton.all_tied_weights_keys
+        for names in convert.targets(skeleton, self.config, tied):
+            sources = [n for n in names if f"{n}.weight" not in tied]
+            found = [
+                f"{base}.weight"
+                for name in [*sources, *(n for n in names if n not in sources)]
+                if (base := stored.base_name(name, prefix, "weight", self.entries))
+            ]
+            if found:
+                kinds[found[0]] = kind(names[0])
+                copies.update(dict.fromkeys(found[1:], found[0]))
+                self.quantized.update(names)
+        return kinds, copies
+
+    def announce(self) -> dict[str, Entry]:
+        """Return what will be written, in the order in which `run` gives it."""
+        written = {}
+        for name, entry in self.entries.items():
+            for part, (dtype, shape) in self._parts(name, entry).items():
+                written[part] = Entry(dtype, shape, entry.file)
+        return written
+
+    def _parts(self, name: str, entry: Entry) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        if name in self.copies:
+            return {}
+        if name not in self.kinds:
+            cast = self.dtype is not None and entry.dtype in checks.FLOATS
+            return {name: (self.dtype if cast else entry.dtype, entry.shape)}
+        base = name.removesuffix(".weight")
+        blocks = math.ceil(entry.numel / self.config.block_size)
+        return {
+            f"{base}.codes": (torch.uint8, entry.shape),
+            f"{base}.absmax": (torch.float32, (blocks,)),
+            f"{base}.codebook": (torch.float32, (256,)),
+        }
+
+    def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Give the name of each source tensor with what becomes of it."""
+        for name, entry in self.entries.items():
+            tensor = self.shards[entry.file].read(name)
+            if name in self.copies:
+                first = self.copies[name]
+                if not torch.equal(tensor, self.shards[self.entries[first].file].read(first)):
+                    raise ValueError(
+                        f"{entry.file}: {name} differs from {first}, "
+                        "though config.json says that they are tied"
+                    )
+                yield name, {}
+            elif name in self.kinds:
+                yield name, self._quantize(name, tensor)
+            else:
+                ((part, (dtype, _)),) = self._parts(name, entry).items()
+                yield name, {part: tensor.to(dtype)}
+
+    def _quantize(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        if weight.dtype not in checks.FLOATS:
+            raise TypeError(
+                f"{self.entries[name].file}: {name} must be float32 or bfloat16 or float16, "
+                f"got {str(weight.dtype).removeprefix('torch.')}"
+            )
+        convert.refuse_not_finite({name: weight})
+        block_size = self.config.block_size
+        codebook = CODEBOOKS[self.config.codebook](weight, block_size)
+        codes, absmax = ops.quantize(weight, codebook, block_size)
+        sums = self.sums.setdefault(self.kinds[name], _Sums())
+        sums.tensors += 1
+        sums.weights += weight.numel()
+        flat, flat_codes = weight.flatten(), codes.flatten()
+        for start in range(0, weight.numel(), _ERROR_CHUNK):
+            stop = start + _ERROR_CHUNK
+            scales = absmax[start // block_size : stop // block_size]
+            part = flat[start:stop].double()
+            decoded = ops.dequantize(
+                flat_codes[start:stop], scales, codebook, block_size, torch.float32
+            )
+            sums.error += float((part - decoded).square().sum())
+            sums.square += float(part.square().sum())
+        base = name.removesuffix(".weight")
+        parts = (codes, absmax, codebook)
+        return {f"{base}.{part}": t for part, t in zip(stored.PARTS, parts, strict=True)}
+
+    def report(self, bytes_before: int, bytes_after: int) -> ConversionReport:
+        weights = sum(sums.weights for sums in self.sums.values())
+        size = sum(
+            entry.bytes
+            for name, entry in self.announce().items()
+            if name.rpartition(".")[2] in stored.PARTS
+        )
+        order = {kind: i for i, kind in enumerate(self.rule.matrices if self.rule else ())}
+        layers = [
+            LayerError(
+                kind,
+                sums.tensors,
+                sums.weights,
+                math.sqrt(sums.error / sums.square) if sums.square else 0.0,
+            )
+            for kind, sums in sorted(
+                self.sums.items(), key=lambda item: order.get(item[0], len(order))
+            )
+        ]
+        return ConversionReport(
+            bytes_before, bytes_after, weights, 8 * size / weights, layers, self.kept
+        )
+
+
+def kind(name: str) -> str:
+    """Return a module's name within its block, or its last component outside the blocks."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else parts[-1]
+
+
+def _leftovers(skeleton: Any, rule: Rule | None, names: Iterable[str]) -> list[str]:
+    """Return those of the names that an old checkpoint has and today's model has no use for."""
+    patterns = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *(rule.leftovers if rule else ())]
+    ignored = re.compile("|".join(patterns or ["(?!)"]))
+    prefix = skeleton.base_model_prefix
+    own = {name.removeprefix(f"{prefix}.") for name in skeleton.state_dict()}
+    return [n for n in names if n.removeprefix(f"{prefix}.") not in own and ignored.search(n)]
+
+
+def _skeleton(directory: Path) -> tuple[Any, Any]:
+    """Return the model's configuration and the model without data."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(f"{directory}: is quantized already ({method})")
+    name = (getattr(config, "architectures", None) or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, name):
+            return config, getattr(transformers, name)(config)
+        return config, transformers.AutoModelForCausalLM.from_config(config)

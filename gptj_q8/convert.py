@@ -1,0 +1,237 @@
+"""Quantizes and dequantizes a model's layers in place."""
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from gptj_q8 import checks
+from gptj_q8.config import Q8Config
+from gptj_q8.nn import Q8Embedding, Q8Linear
+
+logger = logging.getLogger(__name__)
+
+Quantized = Q8Linear | Q8Embedding
+_NOTHING_TIED: Mapping[str, str] = MappingProxyType({})
+
+
+def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
+    """Quantize every nn.Linear and nn.Embedding of `model` in place, and return it.
+
+    Subclasses of the two stay as they are: what they compute may differ. Modules that share a
+    weight share its codes. A Transformers model saves and loads as an 8-bit one from then on.
+
+    ValueError for NaN or Inf (naming each tensor, with counts), for weights without data (meta
+    device), for an embedding with max_norm, for an entry of modules_to_not_convert that matches no
+    module, and when nothing is left to quantize; TypeError for dtypes other than float32, bfloat16
+    and float16. All are found before anything changes.
+    """
+    config = config or Q8Config()
+    _check_exemptions(model, config)
+    groups = targets(model, config)
+    if not groups:
+        raise ValueError("quantize_: the model has no nn.Linear or nn.Embedding left to quantize")
+    for names in groups:
+        _check_convertible(names[0], model.get_submodule(names[0]))
+    refuse_not_finite(
+        {f"{names[0]}.weight": model.get_parameter(f"{names[0]}.weight") for names in groups}
+    )
+    for names in groups:
+        swap(model, names, config)
+    _tell_transformers(model, config)
+    return model
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every 8-bit layer of `model` into nn.Linear or nn.Embedding in place, and return it.
+
+    dtype: of the new layers; None takes each layer's own.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Module] = {}
+    layers = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantized)
+    ]
+    for name, layer in layers:
+        if id(layer) not in made:
+            # The same codes mean a tied weight.
+            weight = shared.get(id(layer.codes))
+            if weight is None:
+                weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype))
+                shared[id(layer.codes)] = weight
+            made[id(layer)] = float_layer(layer, weight).to(dtype=dtype)
+        model.set_submodule(name, made[id(layer)])
+    return model
+
+
+def targets(
+    model: nn.Module, config: Q8Config, tied: Mapping[str, str] = _NOTHING_TIED
+) -> list[list[str]]:
+    """Return the names of the modules to quantize; those that share one weight stand in one list.
+
+    tied: parameter names that will share the weight of another once loaded, as Transformers'
+    `all_tied_weights_keys` has them; weights that are one object already need no mention.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        weight = parameters.get(tied.get(name, name), parameter)
+        holders.setdefault(id(weight), []).append(name)
+    groups = []
+    for names in holders.values():
+        wanted = [name for name in names if _is_target(model, name, config)]
+        if wanted and len(wanted) < len(names):
+            others = ", ".join(sorted(set(names) - set(wanted)))
+            logger.warning("%s stays as it is, for it shares its weight with %s", wanted[0], others)
+        elif wanted:
+            groups.append([name.removesuffix(".weight") for name in wanted])
+    return groups
+
+
+def _is_target(model: nn.Module, parameter_name: str, config: Q8Config) -> bool:
+    module_name, _, own_name = parameter_name.rpartition(".")
+    if own_name != "weight" or not module_name or exempt(module_name, config):
+        return False
+    return type(model.get_submodule(module_name)) in (nn.Linear, nn.Embedding)
+
+
+def exempt(name: str, config: Q8Config) -> bool:
+    """Whether `modules_to_not_convert` names this module: an entry is whole components of it."""
+    return any(f".{entry}." in f".{name}." for entry in config.modules_to_not_convert or ())
+
+
+def unmatched_exemptions(model: nn.Module, config: Q8Config) -> list[str]:
+    """Return the entries of `modules_to_not_convert` that name no module of `model`."""
+    names = [f".{name}." for name, _ in model.named_modules()]
+    entries = config.modules_to_not_convert or ()
+    return [entry for entry in entries if not any(f".{entry}." in name for name in names)]
+
+
+def _check_exemptions(model: nn.Module, config: Q8Config) -> None:
+    if unmatched := unmatched_exemptions(model, config):
+        raise ValueError(
+            f"quantize_: modules_to_not_convert matches no module: {', '.join(unmatched)}"
+        )
+
+
+def _check_convertible(name: str, module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.is_meta:
+        raise ValueError(f"quantize_: {name}.weight has no data (meta device); load the model first")
+    if weight.dtype not in checks.FLOATS:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"quantize_: {name}.weight must be float32 or bfloat16 or float16, got {dtype}"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"quantize_: {name} has max_norm, which changes its weight; "
+            "name it in modules_to_not_convert"
+        )
+
+
+def refuse_not_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """ValueError that names every weight with NaN or Inf in it and counts them."""
+    bad = {name: checks.count_not_finite(weight.detach()) for name, weight in weights.items()}
+    found = [f"{name} has {count} NaN or Inf values" for name, count in bad.items() if count]
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def swap(model: nn.Module, names: Iterable[str], config: Q8Config) -> Quantized:
+    """Put 8-bit modules in the place of float ones that share one weight; return the first."""
+    first: Quantized | None = None
+    made: dict[int, Quantized] = {}
+    old = {name: model.get_submodule(name) for name in names}
+    for name, module in old.items():
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        if first is None:
+            first = made[id(module)] = from_float(module, config)
+        elif id(module) not in made:
+            made[id(module)] = sharing(module, first)
+        model.set_submodule(name, made[id(module)])
+    assert first is not None
+    return first
+
+
+def from_float(module: nn.Linear | nn.Embedding, config: Q8Config) -> Quantized:
+    """Return the 8-bit module with the values of `module`."""
+    if isinstance(module, nn.Linear):
+        return Q8Linear.from_float(module, config.codebook, config.block_size)
+    return Q8Embedding.from_float(module, config.codebook, config.block_size)
+
+
+def shell(module: nn.Module, block_size: int) -> Quantized:
+    """Return an 8-bit module with the shape and options of `module`, on the meta device.
+
+    It has the very bias of `module`.
+    """
+    if isinstance(module, nn.Linear):
+        linear = Q8Linear(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            block_size=block_size,
+            dtype=module.weight.dtype,
+            device="meta",
+        )
+        linear.bias = module.bias
+        return linear.train(module.training)
+    assert isinstance(module, nn.Embedding)
+    return Q8Embedding(
+        module.num_embeddings,
+        module.embedding_dim,
+        module.padding_idx,
+        module.max_norm,
+        module.norm_type,
+        module.scale_grad_by_freq,
+        module.sparse,
+        block_size=block_size,
+        dtype=module.weight.dtype,
+        device="meta",
+    ).train(module.training)
+
+
+def sharing(module: nn.Module, other: Quantized) -> Quantized:
+    """Return `module` in 8 bits with the codes, absmax and codebook of `other`, not copies."""
+    twin = shell(module, other.block_size)
+    twin.codes, twin.absmax, twin.codebook = other.codes, other.absmax, other.codebook
+    return twin
+
+
+def float_layer(layer: Quantized, weight: nn.Parameter) -> nn.Linear | nn.Embedding:
+    """Return the nn.Linear or nn.Embedding that `layer` stands for, with this weight."""
+    made: nn.Linear | nn.Embedding
+    if isinstance(layer, Q8Linear):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.bias = layer.bias
+    else:
+        made = nn.Embedding(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            layer.padding_idx,
+            norm_type=layer.norm_type,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
+            device="meta",
+        )
+    made.weight = weight
+    return made.train(layer.training)
+
+
+def _tell_transformers(model: nn.Module, config: Q8Config) -> None:
+    """Let a Transformers model know that it is quantized, so that it saves and loads as one."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if isinstance(model, PreTrainedModel):
+        # Through Transformers' own table, for gptj_q8.hf stands above this module.
+        AutoHfQuantizer.from_config(config, pre_quantized=True).attach(model)

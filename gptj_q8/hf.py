@@ -1,0 +1,347 @@
+"""The Transformers quantizer: from_pretrained, save_pretrained and dequantize for 8-bit models.
+
+Importing this module registers it.
+"""
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from gptj_q8 import convert, stored
+from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
+from gptj_q8.convert import Quantized
+from gptj_q8.nn.quantized import check_stored_parts
+from gptj_q8.shards import Entry
+
+logger = logging.getLogger(__name__)
+
+# What from_pretrained must know to find config.json.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *model_args: Any,
+    quantization_config: Q8Config | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a causal language model in 8 bits, whether it is stored so or in float.
+
+    quantization_config: how to quantize a float model; None means `Q8Config()`.
+    Other arguments are those of `AutoModelForCausalLM.from_pretrained`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = kwargs.get("config")
+    if config is None or isinstance(config, str | os.PathLike):
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        config = AutoConfig.from_pretrained(config or name_or_path, **hub)
+    if quantization_config is not None or not hasattr(config, "quantization_config"):
+        kwargs["quantization_config"] = quantization_config or Q8Config()
+    return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
+
+
+class Q8HfQuantizer(HfQuantizer):
+    """What Transformers asks of a quantizer.
+
+    A float checkpoint is loaded into the float skeleton, and each weight is quantized as it comes:
+    given a skeleton with uint8 weights, Transformers up to 5.22 would cast the checkpoint to uint8
+    first. A stored 8-bit model is loaded into a skeleton of 8-bit modules.
+    """
+
+    quantization_config: Q8Config
+    pre_quantized: bool
+
+    def __init__(self, quantization_config: Q8Config, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        # Name of each module to quantize while loading -> those that share its weight, itself too.
+        self._groups: dict[str, list[str]] = {}
+        self._refused: list[str] = []
+        self._restore_fp32_names: Any = None
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module_name, _, own_name = param_name.rpartition(".")
+        return own_name == "weight" and module_name in self._groups
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element once loaded; Transformers reserves a GPU's memory by it."""
+        if self.param_needs_quantization(model, param_name):
+            return 1 + 4 / self.quantization_config.block_size
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        entries = stored.entries(checkpoint_files) if checkpoint_files else {}
+        if self.pre_quantized:
+            self._prepare_8bit_skeleton(model, entries)
+        else:
+            self._prepare_float_skeleton(model, entries)
+
+    def _prepare_float_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
+        config = self.quantization_config
+        groups = convert.targets(model, config, model.all_tied_weights_keys)
+        if not groups:
+            raise ValueError("gptj_q8: the model has no nn.Linear or nn.Embedding to quantize")
+        if unmatched := convert.unmatched_exemptions(model, config):
+            logger.warning("modules_to_not_convert matches no module: %s", ", ".join(unmatched))
+        self._groups = {name: names for names in groups for name in names}
+        # Transformers casts weights to the model's dtype before we see them, and what that rounds
+        # away adds to our error (bfloat16 from float16: 4 % more). So where the dtypes differ, let
+        # the weights to quantize arrive in float32.
+        names = self._restore_fp32_names = model._keep_in_fp32_modules_strict
+        dtypes = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
+        if any(dtype is not None and dtype != model.dtype for dtype in dtypes):
+            exact = {rf"(?:^|\.){re.escape(name)}\.weight$" for name in self._groups}
+            model._keep_in_fp32_modules_strict = set(names or ()) | exact
+
+    def _prepare_8bit_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
+        block_size = self.quantization_config.block_size
+        prefix = model.base_model_prefix
+        stored.check(entries, block_size)
+        unclaimed = set(stored.quantized_names(entries))
+        absent = []
+        for names in convert.targets(model, self.quantization_config, model.all_tied_weights_keys):
+            bases = {stored.base_name(name, prefix, "codes", entries) for name in names} - {None}
+            if entries and not bases:
+                # Stored in float, or a new head that the checkpoint knows nothing of.
+                absent += names
+                continue
+            unclaimed -= bases
+            for name in names:
+                layer = convert.shell(model.get_submodule(name), block_size)
+                layer._is_hf_initialized = True  # it has no weight to initialize
+                model.set_submodule(name, layer)
+        _refuse_unclaimed(model, absent, unclaimed, entries)
+        tied = _tie_codes(model)
+        _ignore_keys(model, "missing", [rf"^{name}\.(absmax|codebook)$" for name in tied])
+        own_names = [name.removeprefix(f"{prefix}.") for name, _ in layers(model)]
+        _ignore_keys(model, "unexpected", [rf"(^|\.){name}\.weight$" for name in own_names])
+
+    def quantize_loaded(
+        self, model: Any, param_name: str, weight: Tensor, missing_keys: set[str]
+    ) -> dict[str, Tensor]:
+        """Put an 8-bit module in the place of the one whose weight has come; return its parts."""
+        name = param_name.removesuffix(".weight")
+        module = model.get_submodule(name)
+        try:
+            convert.refuse_not_finite({param_name: weight})
+        except ValueError as error:
+            # Transformers turns what is raised here into a line of its loading report, so this
+            # waits until _process_model_after_weight_loading.
+            self._refused.append(str(error))
+            return {}
+        if isinstance(module, Quantized):
+            self._load_tied_twice(model, name, module, weight)
+            return {}
+        dtype = module.weight.dtype
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        names = [name, *(other for other in self._groups[name] if other != name)]
+        first = convert.swap(model, names, self.quantization_config)
+        for other in names:
+            layer = model.get_submodule(other)
+            layer.dtype = dtype
+            layer._is_hf_initialized = True
+            missing_keys.discard(f"{other}.weight")
+        _tie_codes(model)
+        return {f"{name}.{part}": getattr(first, part) for part in stored.PARTS}
+
+    def _load_tied_twice(self, model: Any, name: str, layer: Quantized, weight: Tensor) -> None:
+        """Take in a tied weight that the checkpoint holds under both names."""
+        twin = convert.float_layer(layer, nn.Parameter(weight, requires_grad=False))
+        own = convert.from_float(twin, self.quantization_config)
+        if torch.equal(own.codes, layer.codes) and torch.equal(own.absmax, layer.absmax):
+            return
+        # Transformers, too, believes the weights over config.json's tie_word_embeddings.
+        logger.warning("%s is stored with values of its own, so it will not be tied", name)
+        own.dtype, own._is_hf_initialized = layer.dtype, True
+        model.set_submodule(name, own)
+        for tied in (model.all_tied_weights_keys, model._tied_weights_keys):
+            for part in stored.PARTS:
+                for target, source in list(tied.items()):
+                    if f"{name}.{part}" in (target, source):
+                        del tied[target]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._refused:
+            raise ValueError("; ".join(self._refused))
+        if not self.pre_quantized:
+            model._keep_in_fp32_modules_strict = self._restore_fp32_names
+            self._groups = {}
+            self.pre_quantized = True
+        _share_scales(model)
+        for name, layer in layers(model):
+            check_stored_parts(name, {"absmax": layer.absmax, "codebook": layer.codebook}, "")
+        return model
+
+    def attach(self, model: Any) -> None:
+        """Tell a model that was quantized in memory."""
+        _tie_codes(model)
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = QUANT_METHOD
+        self.postprocess_model(model)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, Any]:
+        """Return what save_pretrained writes.
+
+        An empty tensor under the name of a float weight makes Transformers without gptj_q8 raise
+        (a size mismatch) where it would go on with random weights.
+        """
+        metadata = {"format_version": str(FORMAT_VERSION)}
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, metadata
+        state = model.state_dict()
+        first = next((name for name, _ in layers(model)), None)
+        if first is not None:
+            state[f"{first}.weight"] = torch.empty(0)
+        return state, metadata
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        convert.dequantize_(model, dtype)
+        _tie_weights(model)
+        if dtype is not None:
+            model.to(dtype)
+        if hasattr(model.config, "_is_quantized"):
+            del model.config._is_quantized
+        return model
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """Quantizes the weights that Transformers has just read."""
+
+    def __init__(self, quantizer: Q8HfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """input_dict: full parameter name -> tensor, or a list of one."""
+        missing = missing_keys if missing_keys is not None else set()
+        loaded = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if self.quantizer.param_needs_quantization(model, name):
+                loaded.update(self.quantizer.quantize_loaded(model, name, weight, missing))
+            else:
+                loaded[name] = weight
+        return loaded
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
+    """Name and module of every 8-bit layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            yield name, module
+
+
+def _ignore_keys(model: Any, kind: str, patterns: Sequence[str]) -> None:
+    attribute = f"_keys_to_ignore_on_load_{kind}"
+    setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
+
+
+def _refuse_unclaimed(
+    model: nn.Module, absent: Sequence[str], unclaimed: set[str], entries: Mapping[str, Entry]
+) -> None:
+    """ValueError if an 8-bit weight is stored under a name that only Transformers could place."""
+    shapes = {entries[f"{name}.codes"].shape: name for name in unclaimed}
+    prefix = getattr(model, "base_model_prefix", "")
+    for name in absent:
+        other = shapes.get(tuple(model.get_parameter(f"{name}.weight").shape))
+        if other and stored.base_name(name, prefix, "weight", entries) is None:
+            raise ValueError(f"the checkpoint holds no {name}, but an 8-bit {other} of its shape")
+
+
+def _tie_codes(model: Any) -> list[str]:
+    """Tell Transformers that the codes are tied where it knows the weights to be.
+
+    Returns the names of the modules that take another's codes.
+    """
+    targets = []
+    keys: dict[str, str] = {}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        names = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if not target.endswith(".weight") or not all(
+            isinstance(model.get_submodule(name), Quantized) for name in names
+        ):
+            continue
+        targets.append(names[0])
+        del model.all_tied_weights_keys[target]
+        # Transformers looks this up among the parameters only; _share_scales does the buffers.
+        model.all_tied_weights_keys[f"{names[0]}.codes"] = f"{names[1]}.codes"
+        keys.update({f"{names[0]}.{part}": f"{names[1]}.{part}" for part in stored.PARTS})
+    if keys:
+        kept = {k: v for k, v in model._tied_weights_keys.items() if k[:-7] not in targets}
+        model._tied_weights_keys = {**kept, **keys}
+    return targets
+
+
+def _tied_layers(model: Any) -> Iterator[tuple[Quantized, Quantized]]:
+    for target, source in model.all_tied_weights_keys.items():
+        if target.endswith(".codes"):
+            pair = (model.get_submodule(key.removesuffix(".codes")) for key in (target, source))
+            yield tuple(pair)
+
+
+def _share_scales(model: Any) -> None:
+    """Give layers that share their codes the scales that came with them."""
+    for one, other in _tied_layers(model):
+        if one.codes is other.codes:
+            loaded = one if getattr(one.absmax, "_is_hf_initialized", False) else other
+            for layer in (one, other):
+                layer.absmax, layer.codebook = loaded.absmax, loaded.codebook
+
+
+def _tie_weights(model: Any) -> None:
+    """Undo `_tie_codes`."""
+    tied = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if target.endswith(".codes"):
+            del tied[target]
+            tied[f"{target[:-6]}.weight"] = f"{source[:-6]}.weight"
+    # The class has the names of the float weights.
+    vars(model).pop("_tied_weights_keys", None)
+
+
+# Assigned rather than registered through Transformers' decorators, which raise when this module is
+# imported again.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = Q8Config
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = Q8HfQuantizer

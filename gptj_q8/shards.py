@@ -1,0 +1,309 @@
+"""Checkpoint files: reads the headers of shards, writes safetensors, makes a directory whole or not.
+
+Nothing here knows what a tensor means.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+_BIN_WEIGHTS = "pytorch_model.bin"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor. dtype: None for one that this package has no use for."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * (self.dtype.itemsize if self.dtype else 0)
+
+
+def find(directory: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, in order.
+
+    FileNotFoundError names what is missing: every file, or one that the index lists.
+    """
+    for name in (WEIGHTS, INDEX, _BIN_WEIGHTS, f"{_BIN_WEIGHTS}.index.json"):
+        path = directory / name
+        if not path.exists():
+            continue
+        if not name.endswith(".index.json"):
+            return [path]
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (directory / shard).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{directory}: {name} lists {len(shards)} shards, missing: {', '.join(missing)}"
+            )
+        return [directory / shard for shard in shards]
+    raise FileNotFoundError(f"{directory}: holds neither {WEIGHTS} nor {_BIN_WEIGHTS} nor an index")
+
+
+class Shard:
+    """One weight file, safetensors or a PyTorch pickle (of which only tensors are read).
+
+    ValueError, naming the file, when it is truncated or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._pickled: dict[str, Tensor] | None = None
+        if self.path.suffix == ".safetensors":
+            with self._damage_named():
+                self._file = safe_open(self.path, framework="pt")
+                self.metadata = self._file.metadata() or {}
+
+    def entries(self) -> dict[str, Entry]:
+        """Return what the file holds, by name, without reading the data."""
+        file = str(self.path)
+        if self.path.suffix != ".safetensors":
+            with self._damage_named():
+                state = torch.load(self.path, map_location="meta", weights_only=True)
+            tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+            return {
+                name: Entry(tensor.dtype, tuple(tensor.shape), file)
+                for name, tensor in tensors.items()
+            }
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        return {
+            name: Entry(_DTYPES.get(part.get_dtype()), tuple(part.get_shape()), file)
+            for name, part in slices.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor whose data stays in the file's pages, where the format lets it."""
+        if self.path.suffix == ".safetensors":
+            tensor: Tensor = self._file.get_tensor(name)
+            return tensor
+        if self._pickled is None:
+            with self._damage_named():
+                self._pickled = _load_pickle(self.path)
+        return self._pickled[name]
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.path}: truncated or damaged: {error}") from error
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        if "mmap" not in str(error):
+            raise
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def plan(entries: Mapping[str, Entry], max_shard_size: int) -> list[list[str]]:
+    """Deal the tensors, in order, to shards of at most `max_shard_size` bytes where that can be."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.bytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.bytes
+    return shards
+
+
+class Writer:
+    """Writes a checkpoint of safetensors tensor by tensor, holding none of them.
+
+    directory: where; entries: every tensor to come, in the order of coming; shards: from `plan`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        entries: Mapping[str, Entry],
+        shards: Sequence[Sequence[str]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        count = len(shards)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            files = [WEIGHTS]
+        self._places: dict[str, tuple[Path, int, Entry]] = {}
+        self._pending = set(entries)
+        for file, names in zip(files, shards, strict=True):
+            self._create(directory / file, {name: entries[name] for name in names}, metadata)
+        if count > 1:
+            total = sum(entry.bytes for entry in entries.values())
+            weight_map = {name: place[0].name for name, place in sorted(self._places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _create(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
+        offsets = {}
+        end = 0
+        # Widest first, as safetensors' own writer has it, so that every tensor is aligned.
+        for name, entry in sorted(entries.items(), key=lambda item: -_itemsize(item[1])):
+            offsets[name] = end
+            end += entry.bytes
+            header[name] = {
+                "dtype": _NAMES[_dtype(entry)],
+                "shape": list(entry.shape),
+                "data_offsets": [offsets[name], end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            start = file.tell()
+            # Taking the space now tells of a full disk at once where the file system can.
+            file.truncate(start + end)
+        for name, offset in offsets.items():
+            self._places[name] = (path, start + offset, entries[name])
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one of the tensors announced. ValueError if it is not as announced."""
+        path, offset, entry = self._places[name]
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise ValueError(
+                f"{name}: announced as {entry.dtype} {list(entry.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        with path.open("r+b", buffering=0) as file:
+            file.seek(offset)
+            if entry.bytes:
+                left = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                while left:
+                    left = left[file.write(left) :]
+        self._pending.discard(name)
+
+    def close(self) -> None:
+        """Bring every file to the disk. ValueError if a tensor never came."""
+        if self._pending:
+            raise ValueError(f"not written: {', '.join(sorted(self._pending))}")
+        for path in {place[0] for place in self._places.values()}:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    if entry.dtype is None:
+        raise ValueError(f"{entry.file}: holds a dtype that gptj_q8 cannot copy")
+    return entry.dtype
+
+
+def _itemsize(entry: Entry) -> int:
+    return _dtype(entry).itemsize
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes from an int or a text such as "500MB" or "5GB"."""
+    if isinstance(size, int):
+        found = size
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B", size.strip().upper())
+        if match is None:
+            raise ValueError(f'max_shard_size must look like "500MB" or "5GB", got {size!r}')
+        found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    if found <= 0:
+        raise ValueError(f"max_shard_size must be positive, got {size!r}")
+    return found
+
+
+@contextmanager
+def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a directory to fill that becomes `target` if and only if the block ends well.
+
+    Until then it stands beside `target` under another name. With `overwrite`, an old model
+    directory gives way in one rename; its files other than weights move to the new one.
+    FileExistsError when `target` holds something else, or anything without `overwrite`.
+    """
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        # Again: someone else may have filled it meanwhile.
+        _check_target(target, overwrite)
+        _sync(partial)
+        if target.exists() and any(target.iterdir()):
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            partial.rename(target)
+            _keep_others(old, target)
+        else:
+            partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is not empty; ask to overwrite it or choose another place")
+    if not (target / "config.json").exists():
+        raise FileExistsError(f"{target} is not empty and holds no model to overwrite")
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Move what the new directory lacks from the old one, except weights, and drop the rest."""
+    for path in old.iterdir():
+        weights = re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin|json)", path.name)
+        if not weights and not (new / path.name).exists():
+            path.rename(new / path.name)
+    shutil.rmtree(old)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,49 @@
+"""Tiny models, and checkpoints of them, for the tests of conversion and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, PreTrainedModel
+
+VOCABULARY = 130
+IDS = torch.arange(12)[None]
+SIZES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+
+
+def gptj(seed: int = 0, **changes: object) -> GPTJForCausalLM:
+    torch.manual_seed(seed)
+    config = GPTJConfig(**{**SIZES, **TOKENS, "rotary_dim": 4, **changes})
+    model = GPTJForCausalLM(config).eval()
+    with torch.no_grad():  # they start as zeros, and a test would not see them lost
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Ties lm_head to wte."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(**SIZES, **TOKENS)).eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).norm() / b.norm())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below `directory`, by its path there."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
