@@ -35,7 +35,9 @@ class Q8Config(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
     ) -> None:
         if quant_method != QUANT_METHOD:
-            raise ValueError(f"Q8Config: quant_method must be {QUANT_METHOD!r}, got {quant_method!r}")
+            raise ValueError(
+                f"Q8Config: quant_method must be {QUANT_METHOD!r}, got {quant_method!r}"
+            )
         check_format_version(format_version, "Q8Config")
         _check_block_size(block_size)
         _check_codebook(codebook)

@@ -123,7 +123,9 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     if weight.is_meta:
-        raise ValueError(f"quantize_: {name}.weight has no data (meta device); load the model first")
+        raise ValueError(
+            f"quantize_: {name}.weight has no data (meta device); load the model first"
+        )
     if weight.dtype not in checks.FLOATS:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise TypeError(

@@ -16,11 +16,12 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from gptj_q8 import convert, stored
+from gptj_q8 import convert, tied
+from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
 from gptj_q8.convert import Quantized
 from gptj_q8.nn.quantized import check_stored_parts
-from gptj_q8.shards import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +143,12 @@ class Q8HfQuantizer(HfQuantizer):
                 continue
             unclaimed -= bases
             for name in names:
-                layer = convert.shell(model.get_submodule(name), block_size)
+                layer: Any = convert.shell(model.get_submodule(name), block_size)
                 layer._is_hf_initialized = True  # it has no weight to initialize
                 model.set_submodule(name, layer)
         _refuse_unclaimed(model, absent, unclaimed, entries)
-        tied = _tie_codes(model)
-        _ignore_keys(model, "missing", [rf"^{name}\.(absmax|codebook)$" for name in tied])
+        targets = tied.tie_codes(model)
+        _ignore_keys(model, "missing", [rf"^{name}\.(absmax|codebook)$" for name in targets])
         own_names = [name.removeprefix(f"{prefix}.") for name, _ in layers(model)]
         _ignore_keys(model, "unexpected", [rf"(^|\.){name}\.weight$" for name in own_names])
 
@@ -176,24 +177,20 @@ class Q8HfQuantizer(HfQuantizer):
             layer.dtype = dtype
             layer._is_hf_initialized = True
             missing_keys.discard(f"{other}.weight")
-        _tie_codes(model)
+        tied.tie_codes(model)
         return {f"{name}.{part}": getattr(first, part) for part in stored.PARTS}
 
     def _load_tied_twice(self, model: Any, name: str, layer: Quantized, weight: Tensor) -> None:
         """Take in a tied weight that the checkpoint holds under both names."""
         twin = convert.float_layer(layer, nn.Parameter(weight, requires_grad=False))
-        own = convert.from_float(twin, self.quantization_config)
+        own: Any = convert.from_float(twin, self.quantization_config)
         if torch.equal(own.codes, layer.codes) and torch.equal(own.absmax, layer.absmax):
             return
         # Transformers, too, believes the weights over config.json's tie_word_embeddings.
         logger.warning("%s is stored with values of its own, so it will not be tied", name)
         own.dtype, own._is_hf_initialized = layer.dtype, True
         model.set_submodule(name, own)
-        for tied in (model.all_tied_weights_keys, model._tied_weights_keys):
-            for part in stored.PARTS:
-                for target, source in list(tied.items()):
-                    if f"{name}.{part}" in (target, source):
-                        del tied[target]
+        tied.untie(model, name)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._refused:
@@ -202,37 +199,34 @@ class Q8HfQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict = self._restore_fp32_names
             self._groups = {}
             self.pre_quantized = True
-        _share_scales(model)
+        tied.share_scales(model)
         for name, layer in layers(model):
             check_stored_parts(name, {"absmax": layer.absmax, "codebook": layer.codebook}, "")
         return model
 
     def attach(self, model: Any) -> None:
         """Tell a model that was quantized in memory."""
-        _tie_codes(model)
+        tied.tie_codes(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         self.postprocess_model(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, Any]:
-        """Return what save_pretrained writes.
-
-        An empty tensor under the name of a float weight makes Transformers without gptj_q8 raise
-        (a size mismatch) where it would go on with random weights.
-        """
+        """Return what save_pretrained writes."""
         metadata = {"format_version": str(FORMAT_VERSION)}
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, metadata
         state = model.state_dict()
-        first = next((name for name, _ in layers(model)), None)
-        if first is not None:
-            state[f"{first}.weight"] = torch.empty(0)
+        for name, _ in layers(model):
+            guard, empty = stored.guard(name)
+            state[guard] = empty
+            break
         return state, metadata
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         convert.dequantize_(model, dtype)
-        _tie_weights(model)
+        tied.tie_weights(model)
         if dtype is not None:
             model.to(dtype)
         if hasattr(model.config, "_is_quantized"):
@@ -288,57 +282,6 @@ def _refuse_unclaimed(
         other = shapes.get(tuple(model.get_parameter(f"{name}.weight").shape))
         if other and stored.base_name(name, prefix, "weight", entries) is None:
             raise ValueError(f"the checkpoint holds no {name}, but an 8-bit {other} of its shape")
-
-
-def _tie_codes(model: Any) -> list[str]:
-    """Tell Transformers that the codes are tied where it knows the weights to be.
-
-    Returns the names of the modules that take another's codes.
-    """
-    targets = []
-    keys: dict[str, str] = {}
-    for target, source in list(model.all_tied_weights_keys.items()):
-        names = target.removesuffix(".weight"), source.removesuffix(".weight")
-        if not target.endswith(".weight") or not all(
-            isinstance(model.get_submodule(name), Quantized) for name in names
-        ):
-            continue
-        targets.append(names[0])
-        del model.all_tied_weights_keys[target]
-        # Transformers looks this up among the parameters only; _share_scales does the buffers.
-        model.all_tied_weights_keys[f"{names[0]}.codes"] = f"{names[1]}.codes"
-        keys.update({f"{names[0]}.{part}": f"{names[1]}.{part}" for part in stored.PARTS})
-    if keys:
-        kept = {k: v for k, v in model._tied_weights_keys.items() if k[:-7] not in targets}
-        model._tied_weights_keys = {**kept, **keys}
-    return targets
-
-
-def _tied_layers(model: Any) -> Iterator[tuple[Quantized, Quantized]]:
-    for target, source in model.all_tied_weights_keys.items():
-        if target.endswith(".codes"):
-            pair = (model.get_submodule(key.removesuffix(".codes")) for key in (target, source))
-            yield tuple(pair)
-
-
-def _share_scales(model: Any) -> None:
-    """Give layers that share their codes the scales that came with them."""
-    for one, other in _tied_layers(model):
-        if one.codes is other.codes:
-            loaded = one if getattr(one.absmax, "_is_hf_initialized", False) else other
-            for layer in (one, other):
-                layer.absmax, layer.codebook = loaded.absmax, loaded.codebook
-
-
-def _tie_weights(model: Any) -> None:
-    """Undo `_tie_codes`."""
-    tied = model.all_tied_weights_keys
-    for target, source in list(tied.items()):
-        if target.endswith(".codes"):
-            del tied[target]
-            tied[f"{target[:-6]}.weight"] = f"{source[:-6]}.weight"
-    # The class has the names of the float weights.
-    vars(model).pop("_tied_weights_keys", None)
 
 
 # Assigned rather than registered through Transformers' decorators, which raise when this module is

@@ -7,13 +7,12 @@ import logging
 
 import pytest
 import torch
+from tiny import gpt2, gptj, logits, relative
 from torch import nn
 
 from gptj_q8.config import Q8Config
 from gptj_q8.convert import dequantize_, quantize_
 from gptj_q8.nn import Q8Embedding, Q8Linear
-from tiny import gpt2, gptj, logits, relative
-
 
 QUICK = Q8Config(codebook="dynamic")  # where the codebook does not matter
 
@@ -176,7 +175,9 @@ def test_dequantize_keeps_weights_shared():
 
 
 def test_training_flag_and_options_survive():
-    model = nn.Sequential(nn.Embedding(20, 8, padding_idx=3, sparse=True), nn.Linear(8, 8, bias=False))
+    model = nn.Sequential(
+        nn.Embedding(20, 8, padding_idx=3, sparse=True), nn.Linear(8, 8, bias=False)
+    )
     model.eval()
     quantize_(model)
     assert (model[0].padding_idx, model[0].sparse, model[0].training) == (3, True, False)

@@ -207,7 +207,13 @@ def test_what_is_stored(stored_dir):
             assert file.metadata() == {"format": "pt", "format_version": "1"}
             names += file.keys()
     assert [name for name in names if name.startswith("lm_head")]
-    assert {n.rpartition(".")[2] for n in names} == {"codes", "absmax", "codebook", "bias", "weight"}
+    assert {n.rpartition(".")[2] for n in names} == {
+        "codes",
+        "absmax",
+        "codebook",
+        "bias",
+        "weight",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -380,7 +386,9 @@ def test_dequantize_to_a_dtype(stored_dir):
 
 
 def test_absmax_of_the_wrong_length(one_file):
-    change_tensors(one_file, lambda t: t.update({"lm_head.absmax": t["lm_head.absmax"][:-1].clone()}))
+    change_tensors(
+        one_file, lambda t: t.update({"lm_head.absmax": t["lm_head.absmax"][:-1].clone()})
+    )
     with pytest.raises(ValueError, match=r"lm_head\.absmax must have shape \[25\] .*, got \[24\]"):
         load(one_file)
 
@@ -394,7 +402,9 @@ def test_block_size_that_does_not_fit(one_file):
 @pytest.mark.parametrize("part", ["absmax", "codebook"])
 def test_part_missing(one_file, part):
     change_tensors(one_file, lambda tensors: tensors.pop(f"lm_head.{part}"))
-    with pytest.raises(ValueError, match=rf"lm_head\.codes is there but lm_head\.{part} is missing"):
+    with pytest.raises(
+        ValueError, match=rf"lm_head\.codes is there but lm_head\.{part} is missing"
+    ):
         load(one_file)
 
 
@@ -417,7 +427,10 @@ def test_codes_of_another_shape(one_file):
     ("change", "message"),
     [
         (lambda table: table.flip(0), r"lm_head: codebook must be sorted"),
-        (lambda table: table.index_fill(0, torch.tensor(7), torch.nan), r"lm_head: codebook .* nan"),
+        (
+            lambda table: table.index_fill(0, torch.tensor(7), torch.nan),
+            r"lm_head: codebook .* nan",
+        ),
         (lambda table: table * 2, r"lm_head: codebook must lie in \[-1, 1\]"),
         (lambda table: table[:255].clone(), r"lm_head\.codebook must have shape \[256\]"),
     ],
@@ -478,7 +491,8 @@ def test_nothing_to_quantize(float_dir):
 
 def test_exemption_that_matches_nothing_is_told(float_dir, caplog):
     with caplog.at_level(logging.WARNING, "gptj_q8"):
-        load(float_dir, quantization_config=Q8Config(codebook="dynamic", modules_to_not_convert=["lmhead"]))
+        config = Q8Config(codebook="dynamic", modules_to_not_convert=["lmhead"])
+        load(float_dir, quantization_config=config)
     assert "matches no module: lmhead" in caplog.text
 
 

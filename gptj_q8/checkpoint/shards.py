@@ -1,4 +1,4 @@
-"""Checkpoint files: reads the headers of shards, writes safetensors, makes a directory whole or not.
+"""Weight files: reads what Transformers reads, writes safetensors.
 
 Nothing here knows what a tensor means.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,7 +175,9 @@ class Writer:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _create(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    def _create(
+        self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]
+    ) -> None:
         header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
         offsets = {}
         end = 0
@@ -210,7 +211,7 @@ class Writer:
         with path.open("r+b", buffering=0) as file:
             file.seek(offset)
             if entry.bytes:
-                left = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                left = tensor.contiguous().flatten().view(torch.uint8).numpy().data
                 while left:
                     left = left[file.write(left) :]
         self._pending.discard(name)
@@ -246,64 +247,3 @@ def parse_size(size: int | str) -> int:
     if found <= 0:
         raise ValueError(f"max_shard_size must be positive, got {size!r}")
     return found
-
-
-@contextmanager
-def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a directory to fill that becomes `target` if and only if the block ends well.
-
-    Until then it stands beside `target` under another name. With `overwrite`, an old model
-    directory gives way in one rename; its files other than weights move to the new one.
-    FileExistsError when `target` holds something else, or anything without `overwrite`.
-    """
-    _check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        # Again: someone else may have filled it meanwhile.
-        _check_target(target, overwrite)
-        _sync(partial)
-        if target.exists() and any(target.iterdir()):
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            partial.rename(target)
-            _keep_others(old, target)
-        else:
-            partial.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{target} is not empty; ask to overwrite it or choose another place")
-    if not (target / "config.json").exists():
-        raise FileExistsError(f"{target} is not empty and holds no model to overwrite")
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """Move what the new directory lacks from the old one, except weights, and drop the rest."""
-    for path in old.iterdir():
-        weights = re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin|json)", path.name)
-        if not weights and not (new / path.name).exists():
-            path.rename(new / path.name)
-    shutil.rmtree(old)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj_q8 import checks, convert, ops, stored
+from gptj_q8 import checks, convert, ops
+from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint.directory import new_directory
+from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
+from gptj_q8.checkpoint.shards import Entry, Shard, Writer, find, parse_size, plan
 from gptj_q8.codebooks import CODEBOOKS
 from gptj_q8.config import FORMAT_VERSION, Q8Config
 from gptj_q8.models import RULES, Rule
-from gptj_q8.shards import Entry, Shard, Writer, find, new_directory, parse_size, plan
 
 # What goes along with the weights as it is.
 _COMPANIONS = (
@@ -31,39 +34,6 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-# Elements compared at a time; any multiple of every block size.
-_ERROR_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far the decoded weights of one kind of layer are from the original ones.
-
-    kind: such as "attn.q_proj" or "lm_head"; tensors, weights: how many;
-    relative_rmse: root of (sum of squared errors / sum of squared weights).
-    """
-
-    kind: str
-    tensors: int
-    weights: int
-    relative_rmse: float
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert_checkpoint` did.
-
-    bytes_before, bytes_after: of the weight files. weights: how many were quantized, at
-    bits_per_weight with scales and codebooks. layers: the error of each kind.
-    kept: names of the Linear and Embedding modules left in float.
-    """
-
-    bytes_before: int
-    bytes_after: int
-    weights: int
-    bits_per_weight: float
-    layers: list[LayerError]
-    kept: list[str]
 
 
 def convert_checkpoint(
@@ -105,6 +75,7 @@ def convert_checkpoint(
             done += job.entries[name].bytes
             if on_progress is not None:
                 on_progress(done, total)
+        writer.write(*job.guard)
         writer.close()
         job.model_config.save_pretrained(partial)
         for pattern in _COMPANIONS:
@@ -129,14 +100,6 @@ def _local(source: str | Path) -> Path:
 
 
 @dataclass
-class _Sums:
-    tensors: int = 0
-    weights: int = 0
-    error: float = 0.0
-    square: float = 0.0
-
-
-@dataclass
 class _Job:
     """One conversion: which tensors there are, what becomes of each, and its error."""
 
@@ -145,7 +108,7 @@ class _Job:
     config: Q8Config
     dtype: torch.dtype | None
     entries: dict[str, Entry] = field(default_factory=dict)
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    errors: Errors = field(default_factory=Errors)
 
     def __post_init__(self) -> None:
         self.model_config, skeleton = _skeleton(self.directory)
@@ -166,6 +129,7 @@ class _Job:
             for name, module in skeleton.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
         }
+        self.guard = stored.guard(next(iter(self.kinds)).removesuffix(".weight"))
         self.kept = sorted(float_names - self.quantized)
 
     def _sort(self, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -194,9 +158,13 @@ class _Job:
         for name, entry in self.entries.items():
             for part, (dtype, shape) in self._parts(name, entry).items():
                 written[part] = Entry(dtype, shape, entry.file)
+        guard, empty = self.guard
+        written[guard] = Entry(empty.dtype, tuple(empty.shape), "")
         return written
 
-    def _parts(self, name: str, entry: Entry) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    def _parts(
+        self, name: str, entry: Entry
+    ) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         if name in self.copies:
             return {}
         if name not in self.kinds:
@@ -238,57 +206,32 @@ class _Job:
         block_size = self.config.block_size
         codebook = CODEBOOKS[self.config.codebook](weight, block_size)
         codes, absmax = ops.quantize(weight, codebook, block_size)
-        sums = self.sums.setdefault(self.kinds[name], _Sums())
-        sums.tensors += 1
-        sums.weights += weight.numel()
-        flat, flat_codes = weight.flatten(), codes.flatten()
-        for start in range(0, weight.numel(), _ERROR_CHUNK):
-            stop = start + _ERROR_CHUNK
-            scales = absmax[start // block_size : stop // block_size]
-            part = flat[start:stop].double()
-            decoded = ops.dequantize(
-                flat_codes[start:stop], scales, codebook, block_size, torch.float32
-            )
-            sums.error += float((part - decoded).square().sum())
-            sums.square += float(part.square().sum())
+        self.errors.add(self.kinds[name], weight, codes, absmax, codebook, block_size)
         base = name.removesuffix(".weight")
         parts = (codes, absmax, codebook)
         return {f"{base}.{part}": t for part, t in zip(stored.PARTS, parts, strict=True)}
 
     def report(self, bytes_before: int, bytes_after: int) -> ConversionReport:
-        weights = sum(sums.weights for sums in self.sums.values())
+        """Return the report; the sizes are those of the weight files."""
         size = sum(
             entry.bytes
             for name, entry in self.announce().items()
             if name.rpartition(".")[2] in stored.PARTS
         )
-        order = {kind: i for i, kind in enumerate(self.rule.matrices if self.rule else ())}
-        layers = [
-            LayerError(
-                kind,
-                sums.tensors,
-                sums.weights,
-                math.sqrt(sums.error / sums.square) if sums.square else 0.0,
-            )
-            for kind, sums in sorted(
-                self.sums.items(), key=lambda item: order.get(item[0], len(order))
-            )
-        ]
+        matrices = self.rule.matrices if self.rule else ()
+        layers = self.errors.by_kind(matrices)
+        weights = sum(layer.weights for layer in layers)
         return ConversionReport(
             bytes_before, bytes_after, weights, 8 * size / weights, layers, self.kept
         )
 
 
-def kind(name: str) -> str:
-    """Return a module's name within its block, or its last component outside the blocks."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else parts[-1]
-
-
 def _leftovers(skeleton: Any, rule: Rule | None, names: Iterable[str]) -> list[str]:
     """Return those of the names that an old checkpoint has and today's model has no use for."""
-    patterns = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *(rule.leftovers if rule else ())]
+    patterns = [
+        *(skeleton._keys_to_ignore_on_load_unexpected or ()),
+        *(rule.leftovers if rule else ()),
+    ]
     ignored = re.compile("|".join(patterns or ["(?!)"]))
     prefix = skeleton.base_model_prefix
     own = {name.removeprefix(f"{prefix}.") for name in skeleton.state_dict()}

@@ -5,11 +5,21 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.config import check_format_version
-from gptj_q8.shards import Entry, Shard
 
 PARTS = ("codes", "absmax", "codebook")
 _CODEBOOK_SHAPE = (256,)
+
+
+def guard(first: str) -> tuple[str, torch.Tensor]:
+    """Return the name and value of a tensor to store beside the 8-bit weights.
+
+    Without gptj_q8, Transformers would warn and go on with random weights. An empty tensor under
+    the float weight's name makes it raise, for a size mismatch. first: the model's first 8-bit
+    module, which every head of the model has.
+    """
+    return f"{first}.weight", torch.empty(0)
 
 
 def entries(files: Iterable[str | os.PathLike[str]]) -> dict[str, Entry]:
@@ -40,7 +50,9 @@ def check(entries: Mapping[str, Entry], block_size: int) -> None:
         codes = entries[f"{name}.codes"]
         for part in PARTS[1:]:
             if f"{name}.{part}" not in entries:
-                raise ValueError(f"{codes.file}: {name}.codes is there but {name}.{part} is missing")
+                raise ValueError(
+                    f"{codes.file}: {name}.codes is there but {name}.{part} is missing"
+                )
         absmax, codebook = (entries[f"{name}.{part}"] for part in PARTS[1:])
         _check_dtype(f"{name}.codes", codes, torch.uint8)
         _check_dtype(f"{name}.absmax", absmax, torch.float32)

@@ -1,0 +1,69 @@
+"""Makes a model directory whole or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a directory to fill that becomes `target` if and only if the block ends well.
+
+    Until then it stands beside `target` under another name. With `overwrite`, an old model
+    directory gives way in one rename; its files other than weights move to the new one.
+    FileExistsError when `target` holds something else, or anything without `overwrite`.
+    """
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        # Again: someone else may have filled it meanwhile.
+        _check_target(target, overwrite)
+        _sync(partial)
+        if target.exists() and any(target.iterdir()):
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            partial.rename(target)
+            _keep_others(old, target)
+        else:
+            partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is not empty; ask to overwrite it or choose another place")
+    if not (target / "config.json").exists():
+        raise FileExistsError(f"{target} is not empty and holds no model to overwrite")
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Move what the new directory lacks from the old one, except weights, and drop the rest."""
+    for path in old.iterdir():
+        weights = re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin|json)", path.name)
+        if not weights and not (new / path.name).exists():
+            path.rename(new / path.name)
+    shutil.rmtree(old)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,67 @@
+"""Tied embeddings: what Transformers must know of layers that share their codes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gptj_q8.checkpoint.stored import PARTS
+from gptj_q8.convert import Quantized
+
+
+def tie_codes(model: Any) -> list[str]:
+    """Tell Transformers that the codes are tied where it knows the weights to be.
+
+    Returns the names of the modules that take another's codes.
+    """
+    targets = []
+    keys: dict[str, str] = {}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        names = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if not target.endswith(".weight") or not all(
+            isinstance(model.get_submodule(name), Quantized) for name in names
+        ):
+            continue
+        targets.append(names[0])
+        del model.all_tied_weights_keys[target]
+        # Transformers looks this up among the parameters only; share_scales does the buffers.
+        model.all_tied_weights_keys[f"{names[0]}.codes"] = f"{names[1]}.codes"
+        keys.update({f"{names[0]}.{part}": f"{names[1]}.{part}" for part in PARTS})
+    if keys:
+        kept = {k: v for k, v in model._tied_weights_keys.items() if k[:-7] not in targets}
+        model._tied_weights_keys = {**kept, **keys}
+    return targets
+
+
+def untie(model: Any, name: str) -> None:
+    """Forget that module `name` was to share its codes."""
+    own = {f"{name}.{part}" for part in PARTS}
+    for mapping in (model.all_tied_weights_keys, model._tied_weights_keys):
+        for target, source in list(mapping.items()):
+            if target in own or source in own:
+                del mapping[target]
+
+
+def _tied_layers(model: Any) -> Iterator[tuple[Quantized, Quantized]]:
+    for target, source in model.all_tied_weights_keys.items():
+        if target.endswith(".codes"):
+            pair = (model.get_submodule(key.removesuffix(".codes")) for key in (target, source))
+            yield tuple(pair)
+
+
+def share_scales(model: Any) -> None:
+    """Give layers that share their codes the scales that came with them."""
+    for one, other in _tied_layers(model):
+        if one.codes is other.codes:
+            loaded = one if getattr(one.absmax, "_is_hf_initialized", False) else other
+            for layer in (one, other):
+                layer.absmax, layer.codebook = loaded.absmax, loaded.codebook
+
+
+def tie_weights(model: Any) -> None:
+    """Undo `tie_codes`."""
+    tied = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if target.endswith(".codes"):
+            del tied[target]
+            tied[f"{target[:-6]}.weight"] = f"{source[:-6]}.weight"
+    # The class has the names of the float weights.
+    vars(model).pop("_tied_weights_keys", None)
