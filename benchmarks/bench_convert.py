@@ -1,0 +1,241 @@
+"""Converts a synthetic sharded GPT-J of full width and generates from the result.
+
+    python -m benchmarks.bench_convert                # 4 of GPT-J-6B's 28 blocks: 2.4 GB in float16
+    python -m benchmarks.bench_convert --layers 28    # all of it: 12.1 GB, as much again for a copy
+    python -m benchmarks.bench_convert --tiny         # does it run at all?
+
+Prints the sizes, the peak of anonymous memory while converting over its value after imports, and
+the tokens per second of greedy generation from the 8-bit model and from the original in bfloat16
+under plain Transformers, in turns, each at least three times.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+# Weights of the original's width: GPT-J draws its own with a deviation of 0.02.
+DEVIATION = 0.02
+SHARD_BYTES = 600_000_000
+PROMPT_TOKENS = 8
+# A reading takes 0.1 ms. Tensors of GPT-J's size live for a second.
+POLL_SECONDS = 0.002
+
+
+@dataclass
+class Conversion:
+    """Sizes in bytes. peak: of anonymous memory over its value after imports."""
+
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    peak: int
+    seconds: float
+
+    @property
+    def margin(self) -> int:
+        """How far the peak stays below the 8-bit size plus 500 MB."""
+        return self.bytes_after + 500_000_000 - self.peak
+
+
+@dataclass
+class Generation:
+    """Tokens per second, the median of the rounds, and each round."""
+
+    tokens: int
+    threads: int
+    ours: float
+    bfloat16: float
+    rounds: list[tuple[float, float]]
+
+
+def write_checkpoint(directory: Path, layers: int, width: int, shard_bytes: int) -> None:
+    """Write a GPT-J of random weights in float16, shard by shard."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    heads = max(1, width // 256)
+    config = GPTJConfig(n_layer=layers, n_embd=width, n_head=heads, dtype="float16")
+    config.architectures = ["GPTJForCausalLM"]
+    with torch.device("meta"):
+        model = GPTJForCausalLM(config)
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, parameter in model.named_parameters():
+        if shards[-1] and size + 2 * parameter.numel() > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * parameter.numel()
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            name: _values(name, model.get_parameter(name).shape, generator) for name in names
+        }
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=torch.float16)
+    if ".ln_" in name:
+        return torch.ones(shape, dtype=torch.float16)
+    values = torch.empty(shape, dtype=torch.float16)
+    rows = max(1, (1 << 22) // shape[-1])
+    for part in values.split(rows):  # in float32, a few MB at a time
+        part.copy_(torch.randn(part.shape, generator=generator) * DEVIATION)
+    return values
+
+
+_CONVERT = """
+import json, sys
+from transformers import GPTJForCausalLM
+import gptj_q8
+from gptj_q8.checkpoint import convert_checkpoint
+print("ready", flush=True)
+sys.stdin.readline()
+report = convert_checkpoint(sys.argv[1], sys.argv[2])
+print(json.dumps([report.bytes_before, report.bytes_after, report.bits_per_weight]), flush=True)
+"""
+
+
+def convert(source: Path, target: Path) -> Conversion:
+    """Convert in a process of its own and watch its memory from here."""
+    command = [sys.executable, "-c", _CONVERT, str(source), str(target)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        if ready != "ready\n":
+            raise RuntimeError(f"bench_convert: the converting process did not start: {ready!r}")
+        status = Path(f"/proc/{process.pid}/status")
+        after_imports = peak = _anonymous(status)
+        start = time.perf_counter()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, _anonymous(status))
+            time.sleep(POLL_SECONDS)
+        seconds = time.perf_counter() - start
+        answer = process.stdout.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"bench_convert: conversion failed with status {process.returncode}")
+    before, after, bits = json.loads(answer)
+    return Conversion(before, after, bits, peak - after_imports, seconds)
+
+
+def _anonymous(status: Path) -> int:
+    """Bytes of anonymous memory, RssAnon; 0 once the process is gone."""
+    for line in status.read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def generate(original: Path, converted: Path, tokens: int, rounds: int) -> Generation:
+    """Time greedy generation from both models, in turns."""
+    from transformers import AutoModelForCausalLM
+
+    import gptj_q8
+
+    ours = gptj_q8.from_pretrained(converted, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    for model in (ours, plain):
+        _tokens_per_second(model, 2)
+    pairs = [
+        (_tokens_per_second(ours, tokens), _tokens_per_second(plain, tokens)) for _ in range(rounds)
+    ]
+    medians = [statistics.median(speeds) for speeds in zip(*pairs, strict=True)]
+    return Generation(tokens, torch.get_num_threads(), medians[0], medians[1], pairs)
+
+
+def _tokens_per_second(model: Any, tokens: int) -> float:
+    ids = torch.arange(PROMPT_TOKENS)[None]
+    start = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    seconds = time.perf_counter() - start
+    return (out.shape[1] - PROMPT_TOKENS) / seconds
+
+
+def lines(conversion: Conversion, generation: Generation | None) -> Iterator[str]:
+    yield (
+        f"float16      {conversion.bytes_before / 1e9:6.3f} GB\n"
+        f"8 bits       {conversion.bytes_after / 1e9:6.3f} GB, "
+        f"{conversion.bits_per_weight:.3f} bits per weight\n"
+        f"converting   {conversion.seconds:6.1f} s\n"
+        f"memory peak  {conversion.peak / 1e6:6.0f} MB over its value after imports, "
+        f"{conversion.margin / 1e6:.0f} MB below the 8-bit size plus 500 MB"
+    )
+    if generation is not None:
+        yield (
+            f"8 bits       {generation.ours:6.2f} tokens/s, {generation.tokens} tokens, "
+            f"{generation.threads} threads\n"
+            f"bfloat16     {generation.bfloat16:6.2f} tokens/s under plain Transformers; "
+            f"8 bits is {generation.ours / generation.bfloat16:.2f} times as fast"
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=4, help="blocks of GPT-J; 4 unless given")
+    parser.add_argument("--tiny", action="store_true", help="dry run on a narrow model")
+    parser.add_argument("--tokens", type=int, default=32, help="to generate; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="of generation, per model")
+    parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    options = parser.parse_args(argv)
+
+    width, shard_bytes = (256, 20_000_000) if options.tiny else (4096, SHARD_BYTES)
+    work = Path(tempfile.mkdtemp(prefix="bench_convert.", dir=options.directory))
+    generation = None
+    try:
+        write_checkpoint(work / "float16", options.layers, width, shard_bytes)
+        conversion = convert(work / "float16", work / "8bit")
+        if options.tokens:
+            generation = generate(work / "float16", work / "8bit", options.tokens, options.rounds)
+    finally:
+        shutil.rmtree(work)
+    print(*lines(conversion, generation), sep="\n")
+    if options.json:
+        results = {
+            "conversion": asdict(conversion),
+            "generation": asdict(generation) if generation else None,
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
