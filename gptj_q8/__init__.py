@@ -8,14 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gptj_q8 import ops
+from gptj_q8 import _register, ops
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import gptj_q8` stays quick.
 _HOMES = {
+    "Q8Config": "gptj_q8.config",
     "Q8Embedding": "gptj_q8.nn",
     "Q8Linear": "gptj_q8.nn",
+    "convert_checkpoint": "gptj_q8.checkpoint",
+    "dequantize_": "gptj_q8.convert",
+    "from_pretrained": "gptj_q8.hf",
+    "quantize_": "gptj_q8.convert",
 }
 __all__ = [*_HOMES, "ops"]
 
@@ -24,3 +29,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")
+
+
+_register.register()

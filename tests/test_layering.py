@@ -15,7 +15,7 @@ FLOORS = [
     {"codebooks", "backends"},
     {"checks"},
     {"ops"},
-    {"config", "nn", "models", "convert", "shards"},
+    {"_register", "config", "nn", "models", "convert", "checkpoint", "tied"},
     {
         "hf",
         "lora",
