@@ -144,6 +144,8 @@ class Q8HfQuantizer(HfQuantizer):
             unclaimed -= bases
             for name in names:
                 layer: Any = convert.shell(model.get_submodule(name), block_size)
+                for base in bases:
+                    _check_shape(entries[f"{base}.codes"], f"{base}.codes", layer.codes.shape)
                 layer._is_hf_initialized = True  # it has no weight to initialize
                 model.set_submodule(name, layer)
         _refuse_unclaimed(model, absent, unclaimed, entries)
@@ -270,6 +272,15 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
 def _ignore_keys(model: Any, kind: str, patterns: Sequence[str]) -> None:
     attribute = f"_keys_to_ignore_on_load_{kind}"
     setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
+
+
+def _check_shape(entry: Entry, name: str, shape: torch.Size) -> None:
+    # Transformers 5.17 takes any shape from a quantizer.
+    if entry.shape != tuple(shape):
+        raise ValueError(
+            f"{entry.file}: {name} must have shape {list(shape)} for this model, "
+            f"got {list(entry.shape)}"
+        )
 
 
 def _refuse_unclaimed(
