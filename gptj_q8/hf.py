@@ -78,6 +78,7 @@ class Q8HfQuantizer(HfQuantizer):
         self._groups: dict[str, list[str]] = {}
         self._refused: list[str] = []
         self._restore_fp32_names: Any = None
+        self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
 
     @property
     def is_trainable(self) -> bool:
@@ -132,6 +133,7 @@ class Q8HfQuantizer(HfQuantizer):
     def _prepare_8bit_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
         block_size = self.quantization_config.block_size
         prefix = model.base_model_prefix
+        self._loads_state_dict = not entries
         stored.check(entries, block_size)
         unclaimed = set(stored.quantized_names(entries))
         absent = []
@@ -145,7 +147,7 @@ class Q8HfQuantizer(HfQuantizer):
             for name in names:
                 layer: Any = convert.shell(model.get_submodule(name), block_size)
                 for base in bases:
-                    _check_shape(entries[f"{base}.codes"], f"{base}.codes", layer.codes.shape)
+                    stored.check_shape(entries, f"{base}.codes", layer.codes.shape)
                 layer._is_hf_initialized = True  # it has no weight to initialize
                 model.set_submodule(name, layer)
         _refuse_unclaimed(model, absent, unclaimed, entries)
@@ -203,7 +205,12 @@ class Q8HfQuantizer(HfQuantizer):
             self.pre_quantized = True
         tied.share_scales(model)
         for name, layer in layers(model):
-            check_stored_parts(name, {"absmax": layer.absmax, "codebook": layer.codebook}, "")
+            scales = {"absmax": layer.absmax, "codebook": layer.codebook}
+            if self._loads_state_dict:
+                _refuse_missing(name, scales)
+            # Disk offload leaves tensors without data, and has read them from checked files.
+            present = {part: tensor for part, tensor in scales.items() if not tensor.is_meta}
+            check_stored_parts(name, present, "")
         return model
 
     def attach(self, model: Any) -> None:
@@ -274,13 +281,11 @@ def _ignore_keys(model: Any, kind: str, patterns: Sequence[str]) -> None:
     setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
 
 
-def _check_shape(entry: Entry, name: str, shape: torch.Size) -> None:
-    # Transformers 5.17 takes any shape from a quantizer.
-    if entry.shape != tuple(shape):
-        raise ValueError(
-            f"{entry.file}: {name} must have shape {list(shape)} for this model, "
-            f"got {list(entry.shape)}"
-        )
+def _refuse_missing(name: str, scales: Mapping[str, Tensor]) -> None:
+    """ValueError if Transformers did not load one of these buffers."""
+    for part, tensor in scales.items():
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(f"the state_dict lacks {name}.{part}")
 
 
 def _refuse_unclaimed(

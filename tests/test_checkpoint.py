@@ -95,6 +95,15 @@ def test_dtype(source, tmp_path):
     assert torch.equal(logits(model), logits(expected))
 
 
+def test_dtype_where_config_says_nothing(source, tmp_path):
+    shutil.copytree(source, tmp_path / "old")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "old", tmp_path / "new", QUICK)
+    assert load(tmp_path / "new").dtype == torch.float16
+
+
 def test_exemptions(source, tmp_path):
     config = Q8Config(codebook="dynamic", modules_to_not_convert=["lm_head"])
     report = convert_checkpoint(source, tmp_path, config)
@@ -387,3 +396,15 @@ def test_shard_sizes(size, bytes_):
 def test_bad_shard_sizes(size):
     with pytest.raises(ValueError, match="max_shard_size"):
         shards.parse_size(size)
+
+
+@pytest.mark.slow
+def test_memory_of_a_conversion(tmp_path):
+    """2.4 GB of GPT-J in float16: a few minutes, 4 GB of disk."""
+    bench_convert = pytest.importorskip("benchmarks.bench_convert", reason="needs the repository")
+    bench_convert.write_checkpoint(tmp_path / "float16", 4, 4096, bench_convert.SHARD_BYTES)
+    done = bench_convert.convert_and_load(tmp_path / "float16", tmp_path / "8bit")
+    assert done.bytes_before > 2e9
+    assert done.peak <= done.limit
+    assert done.quantizing_load_peak <= done.limit
+    assert done.load_peak <= done.limit

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import contents, gpt2, gptj, logits, relative
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -133,6 +134,22 @@ def test_device_map(float_dir, stored_dir, device_map):
     again = load(stored_dir, device_map=device_map)
     assert {p.device.type for p in (*model.parameters(), *again.parameters())} == {"cpu"}
     assert relative(logits(model), logits(again)) < 0.03
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("kind", ["float", "stored"])
+def test_disk_offload(float_dir, stored_dir, tmp_path, kind, offload_buffers):
+    kept = [f"transformer.{name}" for name in ("wte", "drop", "h.0", "ln_f")]
+    device_map = {**dict.fromkeys(kept, "cpu"), "transformer.h.1": "disk", "lm_head": "disk"}
+    model = load(
+        float_dir if kind == "float" else stored_dir,
+        device_map=device_map,
+        offload_folder=tmp_path,
+        offload_buffers=offload_buffers,
+        **({"quantization_config": Q8Config()} if kind == "float" else {}),
+    )
+    assert model.lm_head.codes.is_meta
+    assert torch.equal(logits(model), logits(load(stored_dir)))
 
 
 def test_what_transformers_reserves_on_a_gpu(float_dir):
@@ -422,6 +439,18 @@ def test_codes_of_another_shape(one_file):
     message = r"lm_head\.codes must have shape \[130, 48\] for this model, got \[48, 130\]"
     with pytest.raises(ValueError, match=message):
         load(one_file)
+
+
+def test_state_dict_instead_of_files(stored_dir):
+    model = load(stored_dir)
+    config = AutoConfig.from_pretrained(stored_dir)
+    state = dict(model.state_dict())
+    again = GPTJForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    assert torch.equal(logits(again), logits(model))
+    del state["lm_head.absmax"]
+    config = AutoConfig.from_pretrained(stored_dir)
+    with pytest.raises(ValueError, match=r"the state_dict lacks lm_head\.absmax"):
+        GPTJForCausalLM.from_pretrained(None, config=config, state_dict=state)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,6 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.model_config, skeleton = _skeleton(self.directory)
-        if self.dtype is not None:
-            self.model_config.dtype = self.dtype
         self.model_config.quantization_config = self.config
         self.shards = {str(path): Shard(path) for path in self.files}
         for shard in self.shards.values():
@@ -122,6 +120,10 @@ class _Job:
         for name in _leftovers(skeleton, self.rule, self.entries):
             del self.entries[name]
         self.kinds, self.copies = self._sort(skeleton)
+        if self.dtype is not None or self.model_config.dtype is None:
+            # Where config.json says nothing, Transformers would go by absmax, which is float32.
+            first = next((self.entries[name] for name in self.kinds), None)
+            self.model_config.dtype = self.dtype or (first and first.dtype)
         if not self.kinds:
             raise ValueError(f"{self.directory}: holds no weight of an nn.Linear or nn.Embedding")
         float_names = {

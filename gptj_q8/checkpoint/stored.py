@@ -71,6 +71,16 @@ def check(entries: Mapping[str, Entry], block_size: int) -> None:
             )
 
 
+def check_shape(entries: Mapping[str, Entry], name: str, shape: torch.Size) -> None:
+    """ValueError unless tensor `name` has this shape (Transformers 5.17 would take any)."""
+    entry = entries[name]
+    if entry.shape != tuple(shape):
+        raise ValueError(
+            f"{entry.file}: {name} must have shape {list(shape)} for this model, "
+            f"got {list(entry.shape)}"
+        )
+
+
 def base_name(module: str, prefix: str, own_name: str, entries: Mapping[str, Entry]) -> str | None:
     """Return the name under which the checkpoint holds `own_name` of `module`, None if it does not.
 
