@@ -199,7 +199,7 @@ def test_report(source, tmp_path):
             float((d - w).double().square().sum()) for d, w in zip(decoded, weights, strict=True)
         )
         square = sum(float(w.double().square().sum()) for w in weights)
-        assert layer.relative_rmse == pytest.approx(math.sqrt(error / square), rel=1e-6)
+        assert layer.relative_rmse == pytest.approx(math.sqrt(error / square), rel=1e-5)
     assert report.weights == sum(layer.weights for layer in report.layers)
     blocks = sum(m.absmax.numel() for m in stored.modules() if hasattr(m, "codes"))
     tables = 256 * sum(layer.tensors for layer in report.layers)
