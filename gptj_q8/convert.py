@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,8 +49,18 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn every 8-bit layer of `model` into nn.Linear or nn.Embedding in place, and return it.
 
-    dtype: of the new layers; None takes each layer's own.
+    dtype: of the new layers; None takes each layer's own. A Transformers model is an ordinary one
+    from then on, all of it in `dtype`.
     """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if isinstance(getattr(quantizer, "quantization_config", None), Q8Config):
+        quantizer.dequantize(model, dtype)
+        return model
+    return decode_layers(model, dtype)
+
+
+def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Do what `dequantize_` does to the layers, and leave the rest of the model alone."""
     shared: dict[int, nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
     layers = [

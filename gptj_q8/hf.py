@@ -47,6 +47,7 @@ def from_pretrained(
 ) -> Any:
     """Load a causal language model in 8 bits, whether it is stored so or in float.
 
+    For those who want one import; with `import gptj_q8`, `AutoModel...from_pretrained` does it too.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
     Other arguments are those of `AutoModelForCausalLM.from_pretrained`.
     """
@@ -233,11 +234,14 @@ class Q8HfQuantizer(HfQuantizer):
             break
         return state, metadata
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        # Not config.dtype, Transformers' default, which model.to(dtype) does not change.
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        convert.dequantize_(model, dtype)
+        convert.decode_layers(model, dtype)
         tied.tie_weights(model)
-        if dtype is not None:
-            model.to(dtype)
+        model.to(dtype)
         if hasattr(model.config, "_is_quantized"):
             del model.config._is_quantized
         return model

@@ -256,7 +256,7 @@ def target(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Path
     return path
 
 
-def fails(error: type[Exception], message: str, source: Path, target: Path) -> None:
+def fails(error: type[Exception], message: str, source: Path | str, target: Path) -> None:
     before = contents(target) if target.exists() else {}
     with pytest.raises(error, match=message):
         convert_checkpoint(source, target, QUICK, overwrite=True)
@@ -326,6 +326,24 @@ def test_full_disk(source, target, monkeypatch):
     fails(OSError, "No space left", source, target)
 
 
+def test_too_little_space(source, target, monkeypatch):
+    usage = shutil.disk_usage(target.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    fails(OSError, r"No space left: .* GB needed", source, target)
+
+
+def test_failed_rename(source, target, monkeypatch):
+    rename = Path.rename
+
+    def fail(self, to):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    fails(OSError, "resource busy", source, target)
+
+
 def test_interrupted(source, target):
     before = contents(target) if target.exists() else {}
 
@@ -351,7 +369,36 @@ def test_no_weights(source, target, tmp_path):
 
 
 def test_no_such_directory(target, tmp_path):
-    fails(FileNotFoundError, "no such directory", tmp_path / "nowhere", target)
+    fails(FileNotFoundError, "neither a directory nor a Hub id", tmp_path / "nowhere", target)
+    fails(FileNotFoundError, "neither a directory nor a Hub id", "./no/where", target)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_hub_id(source, tmp_path, monkeypatch, kind):
+    """Downloads pickles only where there are no safetensors."""
+    repository = tmp_path / "repository"
+    shutil.copytree(source, repository)
+    model = GPTJForCausalLM.from_pretrained(source)
+    torch.save(model.state_dict(), repository / "pytorch_model.bin")
+    if kind == "bin":
+        for path in repository.glob("model*"):
+            path.unlink()
+    local = tmp_path / "local"
+
+    def download(repo_id, *, revision, allow_patterns):
+        assert (repo_id, revision) == ("someone/gpt-j", "float16")
+        local.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for path in repository.glob(pattern):
+                shutil.copy(path, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    convert_checkpoint("someone/gpt-j", tmp_path / "new", QUICK, revision="float16")
+    assert (local / "pytorch_model.bin").exists() == (kind == "bin")
+    assert torch.equal(
+        logits(load(tmp_path / "new")), logits(load(source, quantization_config=QUICK))
+    )
 
 
 def test_place_taken(source, tmp_path):

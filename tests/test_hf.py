@@ -394,6 +394,20 @@ def test_dequantize(stored_dir, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_dequantize_(stored_dir):
+    """The function does to a Transformers model what its method does."""
+    model = load(stored_dir)
+    assert gptj_q8.dequantize_(model) is model
+    assert not hasattr(model.config, "quantization_config")
+    assert not model.is_quantized
+    assert model.lm_head.weight.dtype == torch.float16
+
+
+def test_dequantize_after_a_cast(stored_dir):
+    plain = load(stored_dir).to(torch.bfloat16).dequantize()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
 def test_dequantize_to_a_dtype(stored_dir):
     plain = load(stored_dir).dequantize(torch.float32)
     assert {p.dtype for p in plain.parameters()} == {torch.float32}

@@ -4,12 +4,11 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptj_q8 import checks, convert, ops
 from gptj_q8.checkpoint import stored
@@ -42,13 +41,15 @@ def convert_checkpoint(
     config: Q8Config | None = None,
     *,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Write the model in `source` to `target` in 8 bits, with its tokenizer.
 
-    source: a directory or a Hub id, with safetensors or pytorch_model.bin, sharded or not.
+    source: a directory or a Hub id (at `revision`), with safetensors or pytorch_model.bin, sharded
+        or not.
     dtype: of the tensors that stay in float and of the layers' arithmetic; None keeps the model's.
     on_progress(done, total): called after each tensor, in bytes read.
 
@@ -61,7 +62,7 @@ def convert_checkpoint(
     target = Path(target).expanduser().absolute()
     shard_bytes = parse_size(max_shard_size)
     with new_directory(target, overwrite) as partial:
-        directory = _local(source)
+        directory = _local(source, revision)
         files = find(directory)
         job = _Job(directory, files, config, dtype)
         entries = job.announce()
@@ -86,56 +87,55 @@ def convert_checkpoint(
     return job.report(before, after)
 
 
-def _local(source: str | Path) -> Path:
+def _local(source: str | Path, revision: str | None) -> Path:
     """Return the directory of `source`, downloaded if it is a Hub id."""
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"{source}: no such directory")
-    from huggingface_hub import HfApi, snapshot_download
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError(f"{source}: neither a directory nor a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
 
-    names = HfApi().list_repo_files(source)
-    weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
-    return Path(snapshot_download(source, allow_patterns=[weights, "*.json", *_COMPANIONS]))
+    patterns = ["model*.safetensors", "*.json", *_COMPANIONS]
+    directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    if not any(directory.glob("model*.safetensors")):
+        snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    return directory
 
 
-@dataclass
 class _Job:
     """One conversion: which tensors there are, what becomes of each, and its error."""
 
-    directory: Path
-    files: list[Path]
-    config: Q8Config
-    dtype: torch.dtype | None
-    entries: dict[str, Entry] = field(default_factory=dict)
-    errors: Errors = field(default_factory=Errors)
-
-    def __post_init__(self) -> None:
-        self.model_config, skeleton = _skeleton(self.directory)
-        self.model_config.quantization_config = self.config
-        self.shards = {str(path): Shard(path) for path in self.files}
+    def __init__(
+        self, directory: Path, files: list[Path], config: Q8Config, dtype: torch.dtype | None
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        self.errors = Errors()
+        self.model_config, skeleton = _skeleton(directory)
+        self.rule = RULES.get(self.model_config.model_type)
+        self.shards = {str(path): Shard(path) for path in files}
+        self.entries: dict[str, Entry] = {}
         for shard in self.shards.values():
             self.entries.update(shard.entries())
-        self.rule = RULES.get(self.model_config.model_type)
         for name in _leftovers(skeleton, self.rule, self.entries):
             del self.entries[name]
+
+        # Weights to quantize -> kind of layer; second copies of tied weights -> the first.
         self.kinds, self.copies = self._sort(skeleton)
-        if self.dtype is not None or self.model_config.dtype is None:
-            # Where config.json says nothing, Transformers would go by absmax, which is float32.
-            first = next((self.entries[name] for name in self.kinds), None)
-            self.model_config.dtype = self.dtype or (first and first.dtype)
         if not self.kinds:
-            raise ValueError(f"{self.directory}: holds no weight of an nn.Linear or nn.Embedding")
-        float_names = {
+            raise ValueError(f"{directory}: holds no weight of an nn.Linear or nn.Embedding")
+        first = next(iter(self.kinds))
+        self.guard = stored.guard(first.removesuffix(".weight"))
+        self.kept = sorted(
             name
             for name, module in skeleton.named_modules()
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-        }
-        self.guard = stored.guard(next(iter(self.kinds)).removesuffix(".weight"))
-        self.kept = sorted(float_names - self.quantized)
+            if isinstance(module, nn.Linear | nn.Embedding) and name not in self.quantized
+        )
+        self.model_config.quantization_config = config
+        if dtype is not None or self.model_config.dtype is None:
+            # Where config.json says nothing, Transformers would go by absmax, which is float32.
+            self.model_config.dtype = dtype or self.entries[first].dtype
 
     def _sort(self, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
-        """Find the weights to quantize, with the kind of each, and second copies of tied ones."""
         kinds: dict[str, str] = {}
         copies: dict[str, str] = {}
         self.quantized: set[str] = set()

@@ -25,18 +25,27 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         # Again: someone else may have filled it meanwhile.
         _check_target(target, overwrite)
-        _sync(partial)
-        if target.exists() and any(target.iterdir()):
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            partial.rename(target)
-            _keep_others(old, target)
-        else:
-            partial.rename(target)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        _put(partial, target)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put(partial: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    _keep_others(old, target)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -61,8 +70,8 @@ def _keep_others(old: Path, new: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

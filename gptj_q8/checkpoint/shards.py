@@ -3,10 +3,12 @@
 Nothing here knows what a tensor means.
 """
 
+import errno
 import json
 import os
 import pickle
 import re
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,6 +154,7 @@ class Writer:
     """Writes a checkpoint of safetensors tensor by tensor, holding none of them.
 
     directory: where; entries: every tensor to come, in the order of coming; shards: from `plan`.
+    OSError if the disk has too little room for them.
     """
 
     def __init__(
@@ -165,12 +168,13 @@ class Writer:
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if count == 1:
             files = [WEIGHTS]
+        total = sum(entry.bytes for entry in entries.values())
+        _check_space(directory, total)
         self._places: dict[str, tuple[Path, int, Entry]] = {}
         self._pending = set(entries)
         for file, names in zip(files, shards, strict=True):
             self._create(directory / file, {name: entries[name] for name in names}, metadata)
         if count > 1:
-            total = sum(entry.bytes for entry in entries.values())
             weight_map = {name: place[0].name for name, place in sorted(self._places.items())}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -195,7 +199,6 @@ class Writer:
         with path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             start = file.tell()
-            # Taking the space now tells of a full disk at once where the file system can.
             file.truncate(start + end)
         for name, offset in offsets.items():
             self._places[name] = (path, start + offset, entries[name])
@@ -217,12 +220,17 @@ class Writer:
         self._pending.discard(name)
 
     def close(self) -> None:
-        """Bring every file to the disk. ValueError if a tensor never came."""
+        """ValueError if a tensor never came."""
         if self._pending:
             raise ValueError(f"not written: {', '.join(sorted(self._pending))}")
-        for path in {place[0] for place in self._places.values()}:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+
+
+def _check_space(directory: Path, size: int) -> None:
+    # Told now rather than after minutes of work.
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        message = f"No space left: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        raise OSError(errno.ENOSPC, message, str(directory))
 
 
 def _dtype(entry: Entry) -> torch.dtype:
