@@ -91,8 +91,8 @@ def _local(source: str | Path, revision: str | None) -> Path:
     """Return the directory of `source`, downloaded if it is a Hub id."""
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"{source}: neither a directory nor a Hub id (owner/name)")
+    if isinstance(source, Path) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
+        raise FileNotFoundError(f"{source}: neither a directory nor a Hub id")
     from huggingface_hub import snapshot_download
 
     patterns = ["model*.safetensors", "*.json", *_COMPANIONS]
