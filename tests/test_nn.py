@@ -116,6 +116,16 @@ def test_copies_are_exact(keep: Any, make: Any) -> None:
         assert torch.equal(copied.state_dict()[name], tensor)
 
 
+def test_a_parameter_put_in_place_of_codes_keeps_its_marks() -> None:
+    """As loaders do, which mark what they have initialized."""
+    module = linear()[1]
+    replacement = nn.Parameter(module.codes.data, requires_grad=False)
+    replacement._is_hf_initialized = True
+    module.codes = replacement
+    assert isinstance(module.codes, FrozenCodes)
+    assert module.codes._is_hf_initialized
+
+
 @pytest.mark.parametrize("make", [linear, embedding])
 def test_state_dict_round_trip(make: Any) -> None:
     module = make()[1]

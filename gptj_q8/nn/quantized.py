@@ -97,7 +97,9 @@ class QuantizedWeight(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Keeps codes frozen for those who rebuild parameters, as loaders and pickle do."""
         if name == "codes" and param is not None and not isinstance(param, FrozenCodes):
+            marks = param.__dict__  # such as a loader's "is initialized"
             param = FrozenCodes(param.data, requires_grad=False)
+            param.__dict__.update(marks)
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
