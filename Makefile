@@ -11,14 +11,15 @@ venv: $(BUILT)
 
 # The tools first, so that the package builds against the PyTorch installed here.
 $(BUILT): pyproject.toml setup.py constraints.txt $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev]"
-	touch $@
+	@echo "Installing PyTorch, this package and its tools into $(VENV): a few minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	@$(BIN)/python -m pip install -q -c constraints.txt torch
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev]"
+	@touch $@
 
 demo: venv
-	$(BIN)/gptj-q8 demo
+	@$(BIN)/gptj-q8 demo
 
 test: venv
 	$(BIN)/python -m pytest
