@@ -136,8 +136,9 @@ def adam_step_(
     """One AdamW step in place, with decoupled weight decay and both moments in 8 bits.
 
     param and grad have one shape and are float32, bfloat16 or float16; codes have as many
-    elements; step counts from 1. All arithmetic is in float32. Elements whose gradient is not
-    finite keep their parameter and moments. A positive second moment is never rounded to 0.
+    elements; step counts from 1. All arithmetic is in float32. Elements whose gradient, or its
+    square, is not finite keep their parameter and moments. A positive second moment is never
+    rounded to 0.
     """
     state = (m_codes, m_absmax, v_codes, v_absmax, m_codebook, v_codebook)
     numbers = (lr, beta1, beta2, eps, weight_decay, step, block_size)

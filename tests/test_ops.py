@@ -335,6 +335,22 @@ def test_strided_and_expanded_inputs(dtype: torch.dtype, device: torch.device) -
         assert torch.equal(actual, expected)
 
 
+def test_a_gradient_whose_square_overflows_spoils_no_block(device: torch.device) -> None:
+    param = torch.ones(64, device=device)
+    state, tables = adam_state(64, 64, device)
+    grad = torch.full((64,), 0.5, device=device)
+    grad[5] = -1e20
+    for step in (1, 2, 3):
+        ops.adam_step_(
+            param, grad, *state, *tables,
+            lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=step, block_size=64,
+        )  # fmt: skip
+    assert param[5] == 1
+    others = param[torch.arange(64, device=device) != 5]
+    torch.testing.assert_close(others, torch.full_like(others, 0.7), rtol=0.05, atol=0)
+    assert all(moment.isfinite().all() for moment in adam_moments(state, tables, 64))
+
+
 def test_adam_step_changes_a_strided_parameter(device: torch.device) -> None:
     param = random(30, 20, dtype=torch.float32, device=device).T
     contiguous, grad = param.contiguous(), random(20, 30, dtype=torch.float32, device=device)

@@ -2,9 +2,9 @@
 //   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 //   param = param (1 - lr weight_decay) - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step)
 //   + eps)
-// in float32, with the new m and v before they are encoded again. An element whose gradient is
-// not finite keeps param, m and v. A v above 0 never takes the level 0: beside an m that is not
-// 0 it would make the next step divide by eps alone.
+// in float32, with the new m and v before they are encoded again. An element whose g^2 is not
+// finite keeps param, m and v: an infinite v would spoil the scale of its block. A v above 0 never
+// takes the level 0: beside an m that is not 0 it would make the next step divide by eps alone.
 //
 // param, grad, m_codes, v_codes [numel]; m_absmax, v_absmax [ceil(numel / block)]; all dense.
 // One piece of work owns a range of blocks. The host has checked sizes.
@@ -44,7 +44,7 @@ __attribute__((noinline)) inline void update_block(const AdamFactors f, int64_t 
                                                    float* __restrict__ v) {
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i], old_m = m[i], old_v = v[i], old = param[i];
-    const bool finite = std::fabs(g) <= std::numeric_limits<float>::max();  // false for NaN
+    const bool finite = g * g <= std::numeric_limits<float>::max();  // false for NaN
     const float new_m = f.beta1 * old_m + f.one_minus_beta1 * g;
     const float new_v = f.beta2 * old_v + f.one_minus_beta2 * (g * g);
     const float step = f.rate * (new_m / (std::sqrt(new_v) / f.root + f.eps));

@@ -146,7 +146,8 @@ def adam_step_(
 
     The parameter moves by the moments before they are rounded to 8 bits. A second moment that is
     not 0 is never rounded to 0: beside a first moment that is not 0 either, the next step would
-    divide by little more than eps.
+    divide by little more than eps. Gradients whose square overflows are left out as NaN and Inf
+    are: an infinite second moment would spoil the scale of its block.
     """
     correction1 = 1 - beta1**step
     correction2 = (1 - beta2**step) ** 0.5
@@ -159,7 +160,7 @@ def adam_step_(
         g, p = flat_grad[here].float(), flat_param[here].float()
         m = _decode(m_codes, m_absmax, m_codebook, block_size, start, stop)
         v = _decode(v_codes, v_absmax, v_codebook, block_size, start, stop)
-        finite = g.isfinite()
+        finite = (g * g).isfinite()
         m = torch.where(finite, m * beta1 + g * (1 - beta1), m)
         v = torch.where(finite, v * beta2 + g * g * (1 - beta2), v)
         update = (lr / correction1) * m / (v.sqrt() / correction2 + eps)
