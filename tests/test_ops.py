@@ -43,8 +43,14 @@ def backend(
 ) -> Iterator[str]:
     if device.type != "cpu" and request.param.startswith("cpu"):
         pytest.skip(f"{request.param}: serves CPU tensors, the device is {device}")
-    with forced(request.param):
-        yield request.param
+    threads = torch.get_num_threads()
+    if request.param == "reference":
+        torch.set_num_threads(1)  # its many small steps lose tenfold to threads on a busy machine
+    try:
+        with forced(request.param):
+            yield request.param
+    finally:
+        torch.set_num_threads(threads)
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
