@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -100,7 +101,11 @@ class CpuLibrary(Library):
 
 
 def cxx() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    """CXX where it is set, else the compiler that Python was built with if it is here, else c++."""
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    pythons = shlex.split(sysconfig.get_config_var("CXX") or "")
+    return pythons if pythons and shutil.which(pythons[0]) else ["c++"]
 
 
 def run(compiler: list[str], *arguments: str) -> None:

@@ -300,6 +300,21 @@ def build_settings():
     return module
 
 
+def test_the_compiler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = build_settings()
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    assert settings.cxx() == ["ccache", "g++", "-m64"]
+    monkeypatch.delenv("CXX")
+    # Python may have been built elsewhere, with a compiler that this machine lacks.
+    for name, expected in (
+        (f"{sys.executable} -pthread", [sys.executable, "-pthread"]),
+        ("no-such-compiler -pthread", ["c++"]),
+        (None, ["c++"]),
+    ):
+        monkeypatch.setattr(settings.sysconfig, "get_config_var", lambda _, name=name: name)
+        assert settings.cxx() == expected
+
+
 @pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     settings = build_settings()
