@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,8 +146,10 @@ class BuildLibraries(build_ext):
         folder = Path(self.build_temp).resolve() / ext.name
         for path in (folder, target.parent):
             path.mkdir(parents=True, exist_ok=True)
+        begun = time.time()
         try:
             ext.build(folder, target.resolve())
+            os.utime(target, (begun, begun))  # a source edited meanwhile is newer
         except (NotBuiltError, OSError) as error:
             # A library of older sources would be worse than none.
             for stale in (target, ROOT / "gptj_q8" / target.name):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, TABLES, random_quantized, relative_error
+from setuptools import Distribution
 from torch import Tensor
 
 from gptj_q8 import backends
@@ -298,6 +300,28 @@ def build_settings():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_source_edited_during_a_build_is_built_again(tmp_path: Path) -> None:
+    settings = build_settings()
+    source, builds = tmp_path / "kernel.cpp", []
+
+    class Edited(settings.Extension):
+        def build(self, folder: Path, target: Path) -> None:
+            builds.append(target)
+            if len(builds) == 1:
+                source.write_text("edited")
+            target.write_text("library")
+
+    source.write_text("first")
+    command = settings.BuildLibraries(Distribution())
+    command.initialize_options()
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.finalize_options()
+    for expected in (1, 2, 2):
+        command.build_extension(Edited("edited", [str(source)], depends=[]))
+        assert len(builds) == expected
+        time.sleep(0.02)
 
 
 def test_the_compiler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
