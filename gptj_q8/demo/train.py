@@ -42,7 +42,7 @@ BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 WARMUP = 0.05  # as a share of the run
 ADAM_BETAS = (0.9, 0.98)
-# The text is read some sixteen times. Strong decay and dropout are what keeps a model with five
+# The text is read eight times or more. Strong decay and dropout are what keeps a model with five
 # parameters a token from learning it by heart.
 WEIGHT_DECAY = 0.3
 DROPOUT = 0.1
