@@ -221,6 +221,16 @@ def test_bindings_refuse_what_would_be_unsafe() -> None:
         cpu.embedding(torch.tensor([0, 6]), codes, absmax, table, 32, torch.float32)
 
 
+def test_freed_memory_is_refused() -> None:
+    """FSDP frees parameters between uses; PyTorch's own ops refuse such tensors too."""
+    w = random_quantized(6, 40, 32)
+    for offset in (0, 40):
+        x = torch.ones(offset + 80)[offset:].view(2, 40)
+        x.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="linear: the memory of x has been freed"):
+            cpu.linear(x, *w.parts, None, 32)
+
+
 def test_concurrent_callers_with_different_codebooks() -> None:
     cases = [random_quantized(200, 300, 64, name, seed) for seed, name in enumerate(TABLES)]
     x = torch.randn(3, 300)

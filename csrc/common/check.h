@@ -15,6 +15,12 @@ using torch::stable::Tensor;
 
 inline void check_dense(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  // FSDP and others free the memory of tensors that live on.
+  int64_t bytes = 0;
+  const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
+  const int64_t end = (t.storage_offset() + t.numel()) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(known && (t.numel() == 0 || end <= bytes), op, ": the memory of ", name,
+                  " has been freed");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
