@@ -115,6 +115,10 @@ def adam_step_(
             )
     for name in ("m_absmax", "v_absmax"):
         _scales(op, name, state[name], param.numel(), block_size)
+    if any(
+        size > 1 and not stride for size, stride in zip(param.shape, param.stride(), strict=True)
+    ):
+        raise ValueError(f"{op}: param must not be expanded, it is changed in place")
     for name, tensor in state.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, it is changed in place")

@@ -102,6 +102,7 @@ BAD = [
     (adam_step_, {"v_codes": torch.zeros(100)}, TypeError, "adam_step_: v_codes must be uint8, got float32"),
     (adam_step_, {"v_absmax": torch.zeros(5)}, ValueError, "adam_step_: v_absmax must have 4 blocks, got 5"),
     (adam_step_, {"m_absmax": torch.zeros(8)[::2]}, ValueError, "adam_step_: m_absmax must be contiguous, it is changed in place"),
+    (adam_step_, {"param": torch.ones(1).expand(100)}, ValueError, "adam_step_: param must not be expanded, it is changed in place"),
     (adam_step_, {"beta1": 1.0}, ValueError, "adam_step_: beta1 must be at least 0 and below 1, got 1.0"),
     (adam_step_, {"lr": -1.0}, ValueError, "adam_step_: lr must be finite and not negative, got -1.0"),
     (adam_step_, {"eps": float("nan")}, ValueError, "adam_step_: eps must be finite and not negative, got nan"),
