@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gptj_q8 import backends, checks
 
@@ -181,14 +182,20 @@ def _empty_adam_step_(*args: Any) -> None:
 def _kernel(op: str) -> Callable[..., Any]:
     """What runs on real tensors: checks, empty cases, then the backend."""
     check, empty = getattr(checks, op), globals()[f"_empty_{op}"]
+    differentiable = op in ("linear", "linear_grad_input")
 
     def kernel(*args: Any) -> Any:
         check(*args)
         checks.values(op, args)
+        if differentiable and forward_ad._current_level >= 0:
+            # PyTorch gives custom ops no forward derivative, and would go on with zeros.
+            raise NotImplementedError(f"{op}: has no forward-mode derivative, use reverse mode")
         if any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
             return _nothing_to_sum(op, empty(*args), args)
         contiguous = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
-        result = backends.call(op, args[0].device.type, contiguous)
+        # A backend may use PyTorch's products, which autocast would round to 16 bits.
+        with torch._C._DisableAutocast():
+            result = backends.call(op, args[0].device.type, contiguous)
         if op == "adam_step_" and contiguous[0] is not args[0]:
             args[0].copy_(contiguous[0])
         return result

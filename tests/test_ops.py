@@ -367,6 +367,34 @@ def test_adam_step_changes_a_strided_parameter(device: torch.device) -> None:
     assert torch.equal(param, contiguous)
 
 
+def test_default_dtype_and_autocast_change_no_bit(device: torch.device) -> None:
+    w = random_quantized(64, 96, 64).to(device)
+    weight = random(40, 70, dtype=torch.float32, device=device)
+    x, dy = (random(9, k, dtype=torch.float16, device=device) for k in (96, 64))
+
+    def results() -> list[Tensor]:
+        return [
+            *ops.quantize(weight, w.codebook, 32),
+            ops.histogram(weight, 32, 64),
+            ops.dequantize(*w.parts, 64, torch.float32),
+            ops.linear_grad_input(dy, *w.parts, 64),
+            ops.linear(x.to(torch.bfloat16), *w.parts, None, 64),
+        ]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    for default in (torch.float16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            found = results()
+        finally:
+            torch.set_default_dtype(before)
+        assert all(map(torch.equal, found, expected))
+        assert [each.dtype for each in found] == [each.dtype for each in expected]
+    with torch.autocast(device.type, torch.bfloat16):
+        assert all(map(torch.equal, results(), expected))
+
+
 def test_empty_tensors(device: torch.device) -> None:
     table = TABLES["dynamic"]().to(device)
     codes, absmax = ops.quantize(torch.empty(0, 5, device=device), table, 32)
@@ -402,6 +430,17 @@ def test_gradients(device: torch.device) -> None:
     settings = {"eps": 0.1, "atol": 1e-3, "rtol": 1e-3}
     assert torch.autograd.gradcheck(linear, (x, bias), **settings)
     assert torch.autograd.gradgradcheck(lambda x: linear(x, bias) ** 2, (x,), **settings)
+
+
+def test_forward_mode_is_refused(device: torch.device) -> None:
+    w = random_quantized(4, 12, 32).to(device)
+    x = random(2, 12, dtype=torch.float32, device=device)
+    for function, argument in (
+        (lambda x: ops.linear(x, *w.parts, None, 32), x),
+        (lambda dy: ops.linear_grad_input(dy, *w.parts, 32), x[:, :4]),
+    ):
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(function, (argument,), (argument,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

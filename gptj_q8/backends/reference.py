@@ -27,10 +27,11 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     """codes[i] = index of the level nearest to w[i] / absmax[i // block_size]."""
     flat = weight.view(-1)
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-flat.numel() // block_size), device=weight.device)
+    blocks = -(-flat.numel() // block_size)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     for start in range(0, flat.numel(), SLAB):
-        blocks = _blocks(flat[start : start + SLAB], block_size)
-        slab_codes, slab_absmax = _encode(blocks, codebook)
+        slab = _blocks(flat[start : start + SLAB], block_size)
+        slab_codes, slab_absmax = _encode(slab, codebook)
         codes[start : start + SLAB] = slab_codes.view(-1)[: flat.numel() - start]
         absmax[start // block_size :][: len(slab_absmax)] = slab_absmax
     return codes.view(weight.shape), absmax
