@@ -71,6 +71,15 @@ def test_what_is_written(source, tmp_path):
     assert shards.Shard(tmp_path / "model.safetensors").metadata["format_version"] == "1"
 
 
+def test_folders_stay_behind(source, tmp_path):
+    """Even where their names are those of files that go along."""
+    shutil.copytree(source, tmp_path / "old")
+    (tmp_path / "old" / "tokenizer_sources").mkdir()
+    convert_checkpoint(tmp_path / "old", tmp_path / "new", QUICK)
+    assert (tmp_path / "new" / "tokenizer.json").exists()
+    assert not (tmp_path / "new" / "tokenizer_sources").exists()
+
+
 def test_plain_transformers_raises(source, tmp_path):
     """As for a model saved by save_pretrained: a size mismatch, not random weights."""
     convert_checkpoint(source, tmp_path, QUICK)
@@ -412,14 +421,48 @@ def test_place_taken(source, tmp_path):
     assert contents(tmp_path) == {"note.txt": b"mine"}
 
 
+def test_what_is_no_model_is_not_overwritten(source, tmp_path):
+    """Other programs, too, have a config.json."""
+    (tmp_path / "config.json").write_text('{"port": 80}')
+    with pytest.raises(FileExistsError, match="holds no model to overwrite"):
+        convert_checkpoint(source, tmp_path, QUICK, overwrite=True)
+    assert contents(tmp_path) == {"config.json": b'{"port": 80}'}
+
+
+@pytest.mark.parametrize("there", ["model", "nothing", "dangling"])
+def test_target_behind_a_link(source, tmp_path, there):
+    place, link = tmp_path / "disk" / "place", tmp_path / "link"
+    if there == "model":
+        convert_checkpoint(source, place, Q8Config(block_size=32, codebook="linear"))
+        (place / "README.md").write_text("mine")
+    elif there == "nothing":
+        place.mkdir(parents=True)
+    link.symlink_to(place)
+    convert_checkpoint(source, link, QUICK, overwrite=True)
+    assert link.is_symlink()
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+    assert (place / "README.md").exists() == (there == "model")
+    assert torch.equal(logits(load(link)), logits(load(source, quantization_config=QUICK)))
+
+
+def test_mount_point_is_refused_at_once(source, tmp_path, monkeypatch):
+    target = tmp_path / "volume"
+    target.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    with pytest.raises(FileExistsError, match="is a mount point, which cannot be renamed"):
+        convert_checkpoint(source, target, QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
 def test_overwriting(source, tmp_path):
     """Old weights go, other files stay."""
     target = tmp_path / "target"
     convert_checkpoint(source, target, Q8Config(block_size=32), max_shard_size="40KB")
-    (target / "README.md").write_text("mine")
+    for name in ("README.md", "model_card.json"):
+        (target / name).write_text("mine")
     convert_checkpoint(source, target, QUICK, overwrite=True)
     assert not list(target.glob("model-*"))
-    assert (target / "README.md").read_text() == "mine"
+    assert (target / "README.md").read_text() == (target / "model_card.json").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     load(target)
 

@@ -59,7 +59,8 @@ def convert_checkpoint(
     for damaged files and for a model that is quantized already.
     """
     config = config or Q8Config()
-    target = Path(target).expanduser().absolute()
+    # Of a link, what it points to is replaced.
+    target = Path(target).expanduser().resolve()
     shard_bytes = parse_size(max_shard_size)
     with new_directory(target, overwrite) as partial:
         directory = _local(source, revision)
@@ -80,7 +81,7 @@ def convert_checkpoint(
         writer.close()
         job.model_config.save_pretrained(partial)
         for pattern in _COMPANIONS:
-            for path in directory.glob(pattern):
+            for path in filter(Path.is_file, directory.glob(pattern)):
                 shutil.copyfile(path, partial / path.name)
         before = sum(path.stat().st_size for path in files)
         after = sum(path.stat().st_size for path in partial.glob("*.safetensors"))

@@ -1,5 +1,6 @@
 """Makes a model directory whole or not at all."""
 
+import json
 import os
 import re
 import shutil
@@ -8,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
 @contextmanager
 def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a directory to fill that becomes `target` if and only if the block ends well.
 
-    Until then it stands beside `target` under another name. With `overwrite`, an old model
-    directory gives way in one rename; its files other than weights move to the new one.
+    Until then it stands beside `target`, which must not be a link, under another name. With
+    `overwrite`, an old model directory gives way in one rename; its files other than weights move
+    to the new one.
     FileExistsError when `target` holds something else, or anything without `overwrite`.
     """
     _check_target(target, overwrite)
@@ -53,19 +58,28 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file")
+    if target.is_mount():
+        raise FileExistsError(f"{target} is a mount point, which cannot be renamed; name a folder")
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(f"{target} is not empty; ask to overwrite it or choose another place")
-    if not (target / "config.json").exists():
+    if not _holds_model(target):
         raise FileExistsError(f"{target} is not empty and holds no model to overwrite")
+
+
+def _holds_model(folder: Path) -> bool:
+    # Other programs have a config.json too.
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def _keep_others(old: Path, new: Path) -> None:
     """Move what the new directory lacks from the old one, except weights, and drop the rest."""
     for path in old.iterdir():
-        weights = re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin|json)", path.name)
-        if not weights and not (new / path.name).exists():
+        if not _WEIGHT_FILE.fullmatch(path.name) and not (new / path.name).exists():
             path.rename(new / path.name)
     shutil.rmtree(old)
 
