@@ -31,7 +31,7 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     and float16. All are found before anything changes.
     """
     config = config or Q8Config()
-    _check_exemptions(model, config)
+    check_exemptions("quantize_", model, config)
     groups = targets(model, config)
     if not groups:
         raise ValueError("quantize_: the model has no nn.Linear or nn.Embedding left to quantize")
@@ -123,11 +123,10 @@ def unmatched_exemptions(model: nn.Module, config: Q8Config) -> list[str]:
     return [entry for entry in entries if not any(f".{entry}." in name for name in names)]
 
 
-def _check_exemptions(model: nn.Module, config: Q8Config) -> None:
+def check_exemptions(who: str, model: nn.Module, config: Q8Config) -> None:
+    """ValueError for entries of `modules_to_not_convert` that name no module of `model`."""
     if unmatched := unmatched_exemptions(model, config):
-        raise ValueError(
-            f"quantize_: modules_to_not_convert matches no module: {', '.join(unmatched)}"
-        )
+        raise ValueError(f"{who}: modules_to_not_convert matches no module: {', '.join(unmatched)}")
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:

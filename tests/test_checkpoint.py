@@ -370,6 +370,51 @@ def test_quantized_already(source, target, tmp_path):
     fails(ValueError, r"is quantized already \(gptj_q8\)", tmp_path / "done", target)
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"weight_map": [1]}'])
+def test_damaged_index(source, target, tmp_path, text):
+    bad = tmp_path / "bad"
+    shutil.copytree(source, bad)
+    (bad / "model.safetensors.index.json").write_text(text)
+    fails(ValueError, r"index\.json: truncated or damaged", bad, target)
+
+
+@pytest.fixture
+def one_file(tmp_path: Path) -> Path:
+    gptj().save_pretrained(tmp_path / "one")
+    return tmp_path / "one"
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.mlp.fc_in.weight"])
+def test_missing_weight(one_file, target, name):
+    change_tensors(one_file, lambda tensors: tensors.pop(name))
+    fails(ValueError, f"one: lacks {name}", one_file, target)
+
+
+def test_weight_of_another_shape(one_file, target):
+    name = "transformer.h.1.mlp.fc_in.weight"
+    change_tensors(one_file, lambda t: t.update({name: t[name][:5].clone()}))
+    message = r"fc_in\.weight must have shape \[192, 48\] for this model, got \[5, 48\]"
+    fails(ValueError, message, one_file, target)
+
+
+def test_exemption_that_matches_nothing(source, tmp_path):
+    config = Q8Config(modules_to_not_convert=["lmhead"])
+    with pytest.raises(ValueError, match="matches no module: lmhead"):
+        convert_checkpoint(source, tmp_path / "new", config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_dtype_that_no_layer_can_have(source, tmp_path, dtype):
+    with pytest.raises(TypeError, match="convert_checkpoint: dtype must be float32 or bfloat16"):
+        convert_checkpoint(source, tmp_path / "new", QUICK, dtype=dtype)
+
+
 def test_no_weights(source, target, tmp_path):
     bad = tmp_path / "bad"
     bad.mkdir()

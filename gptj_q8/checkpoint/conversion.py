@@ -56,9 +56,12 @@ def convert_checkpoint(
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
     replaced. FileNotFoundError without weights or with a shard missing; ValueError for NaN or Inf,
-    for damaged files and for a model that is quantized already.
+    for damaged files, for a weight that is missing or of another shape, for an entry of
+    modules_to_not_convert that matches no module, and for a model that is quantized already.
     """
     config = config or Q8Config()
+    if dtype is not None:
+        checks.float_dtype("convert_checkpoint", dtype)
     # Of a link, what it points to is replaced.
     target = Path(target).expanduser().resolve()
     shard_bytes = parse_size(max_shard_size)
@@ -112,6 +115,7 @@ class _Job:
         self.config, self.dtype = config, dtype
         self.errors = Errors()
         self.model_config, skeleton = _skeleton(directory)
+        convert.check_exemptions("convert_checkpoint", skeleton, config)
         self.rule = RULES.get(self.model_config.model_type)
         self.shards = {str(path): Shard(path) for path in files}
         self.entries: dict[str, Entry] = {}
@@ -121,7 +125,7 @@ class _Job:
             del self.entries[name]
 
         # Weights to quantize -> kind of layer; second copies of tied weights -> the first.
-        self.kinds, self.copies = self._sort(skeleton)
+        self.kinds, self.copies = self._sort(directory, skeleton)
         if not self.kinds:
             raise ValueError(f"{directory}: holds no weight of an nn.Linear or nn.Embedding")
         first = next(iter(self.kinds))
@@ -129,18 +133,21 @@ class _Job:
         self.kept = sorted(
             name
             for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding) and name not in self.quantized
+            if isinstance(module, nn.Linear | nn.Embedding) and name not in self.done
         )
         self.model_config.quantization_config = config
         if dtype is not None or self.model_config.dtype is None:
             # Where config.json says nothing, Transformers would go by absmax, which is float32.
             self.model_config.dtype = dtype or self.entries[first].dtype
 
-    def _sort(self, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
+    def _sort(self, directory: Path, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
         kinds: dict[str, str] = {}
         copies: dict[str, str] = {}
-        self.quantized: set[str] = set()
+        self.done: set[str] = set()
         prefix = skeleton.base_model_prefix
+        body_alone = hasattr(skeleton, prefix) and not any(
+            name.startswith(f"{prefix}.") for name in self.entries
+        )
         tied = skeleton.all_tied_weights_keys
         for names in convert.targets(skeleton, self.config, tied):
             sources = [n for n in names if f"{n}.weight" not in tied]
@@ -149,10 +156,15 @@ class _Job:
                 for name in [*sources, *(n for n in names if n not in sources)]
                 if (base := stored.base_name(name, prefix, "weight", self.entries))
             ]
+            self.done.update(names)
             if found:
+                for name in found:
+                    shape = skeleton.get_parameter(f"{names[0]}.weight").shape
+                    stored.check_shape(self.entries, name, shape)
                 kinds[found[0]] = kind(names[0])
                 copies.update(dict.fromkeys(found[1:], found[0]))
-                self.quantized.update(names)
+            elif not body_alone or names[0].startswith(f"{prefix}."):
+                raise ValueError(f"{directory}: lacks {names[0]}.weight")
         return kinds, copies
 
     def announce(self) -> dict[str, Entry]:

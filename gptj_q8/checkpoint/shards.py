@@ -58,7 +58,8 @@ class Entry:
 def find(directory: Path) -> list[Path]:
     """Return the weight files of a checkpoint, in order.
 
-    FileNotFoundError names what is missing: every file, or one that the index lists.
+    FileNotFoundError names what is missing: every file, or one that the index lists. ValueError for
+    a damaged index.
     """
     for name in (WEIGHTS, INDEX, _BIN_WEIGHTS, f"{_BIN_WEIGHTS}.index.json"):
         path = directory / name
@@ -66,7 +67,10 @@ def find(directory: Path) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [path]
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: truncated or damaged: {error!r}") from error
         missing = [shard for shard in shards if not (directory / shard).exists()]
         if missing:
             raise FileNotFoundError(
