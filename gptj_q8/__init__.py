@@ -22,12 +22,15 @@ _HOMES = {
     "from_pretrained": "gptj_q8.hf",
     "quantize_": "gptj_q8.convert",
 }
-__all__ = [*_HOMES, "ops"]
+_MODULES = ("demo", "evaluate")
+__all__ = [*_HOMES, *_MODULES, "ops"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"gptj_q8.{name}")
     raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")
 
 
