@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from tiny import contents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -333,11 +334,19 @@ def test_demo_shows_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec("\n".join(lines[:2]), names)
     assert names["model"].get_memory_footprint() < 7e6
 
-    measured = read_json(run("demo", "--output", output, "--json"))
+    measured = read_json(run("demo", "--output", output, "--overwrite", "--json"))
     assert measured["python"] == lines[:2]
     ours, old = measured["copies"]
     assert old["divergence"]["kl"] > 2 * ours["divergence"]["kl"]
     assert measured["generation"] in shown.stdout
+
+
+def test_demo_replaces_no_other_model(model: Path) -> None:
+    before = contents(model)
+    result = run("demo", "--output", model)
+    assert result.exit_code == 1
+    assert "is not empty; ask to overwrite it" in result.stderr
+    assert contents(model) == before
 
 
 # What goes wrong

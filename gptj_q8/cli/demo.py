@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gptj_q8.config import Q8Config
     from gptj_q8.evaluate import Divergence
 
+OUTPUT = Path("out/demo-8bit")
 PROMPT = "En el principio"
 SEED = 1
 # Enough text to know the change of perplexity to a few hundredths of a percent, in seconds.
@@ -40,7 +41,11 @@ class Copy:
 def demo_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for the 8-bit copy.")
-    ] = Path("out/demo-8bit"),
+    ] = OUTPUT,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", metavar="", help="Replace DIR if it is there, as the default."),
+    ] = False,
     device: options.Device = "auto",
     json: options.AsJson = False,
 ) -> None:
@@ -71,7 +76,11 @@ def demo_command(
                 Q8Config(block_size=4096, codebook="dynamic"),
             ),
         }
-        reports = [_convert(screen, folder, config) for folder, config in formats.values()]
+        # The folder of the default is the demo's own. What lies elsewhere may be another model.
+        overwrite = overwrite or output == OUTPUT
+        reports = [
+            _convert(screen, folder, config, overwrite) for folder, config in formats.values()
+        ]
         say_report(screen, reports[0])
 
         screen.heading("2. Compare with the original, on text that the model has not seen")
@@ -128,12 +137,16 @@ def demo_command(
         )
 
 
-def _convert(screen: Screen, folder: str, config: Q8Config) -> ConversionReport:
+def _convert(screen: Screen, folder: str, config: Q8Config, overwrite: bool) -> ConversionReport:
     from gptj_q8.checkpoint import convert_checkpoint
 
     with screen.progress("Converting") as on_progress:
         return convert_checkpoint(
-            load.model_path(load.DEMO), folder, config, overwrite=True, on_progress=on_progress
+            load.model_path(load.DEMO),
+            folder,
+            config,
+            overwrite=overwrite,
+            on_progress=on_progress,
         )
 
 
