@@ -244,6 +244,16 @@ CODEBOOKS: dict[str, Codebook] = {
 }
 
 
+# Without negative levels, dynamic_unsigned is of no use to weights.
+FOR_WEIGHTS = tuple(sorted(set(CODEBOOKS) - {"dynamic_unsigned"}))
+
+
+def check_name(who: str, name: object) -> None:
+    """ValueError unless `name` is that of a codebook for weights."""
+    if name not in FOR_WEIGHTS:
+        raise ValueError(f"{who}: codebook must be one of {', '.join(FOR_WEIGHTS)}; got {name!r}")
+
+
 def check_codebook(codebook: Tensor, who: str) -> None:
     """Raise TypeError or ValueError, in the name of the op `who`, unless `codebook` is a codebook.
 

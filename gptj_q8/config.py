@@ -5,20 +5,17 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptj_q8 import checks
-from gptj_q8.codebooks import CODEBOOKS
+from gptj_q8 import checks, codebooks
 
 QUANT_METHOD = "gptj_q8"
 FORMAT_VERSION = 1
-# Made for values that are never negative (Adam's second moment), so useless for weights.
-_NOT_FOR_WEIGHTS = {"dynamic_unsigned"}
 
 
 class Q8Config(QuantizationConfigMixin):
     """What `quantize_` and `from_pretrained(quantization_config=...)` do to a model.
 
     block_size: weights that share one scale, a power of two from 32 to 4096.
-    codebook: a name in `gptj_q8.codebooks.CODEBOOKS`.
+    codebook: a name in `gptj_q8.codebooks.FOR_WEIGHTS`.
     modules_to_not_convert: names of modules to leave as they are. An entry exempts every module
         whose name contains it as whole components: "lm_head", "h.0", "attn.out_proj".
     format_version: of the stored tensors; this package writes and reads version 1.
@@ -40,7 +37,7 @@ class Q8Config(QuantizationConfigMixin):
             )
         check_format_version(format_version, "Q8Config")
         _check_block_size(block_size)
-        _check_codebook(codebook)
+        codebooks.check_name("Q8Config", codebook)
         self.quant_method = quant_method
         self.format_version = format_version
         self.block_size = block_size
@@ -80,12 +77,6 @@ def _check_block_size(block_size: object) -> None:
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise TypeError(f"Q8Config: block_size must be an int, got {type(block_size).__name__}")
     checks.block_size_is_valid("Q8Config", block_size)
-
-
-def _check_codebook(codebook: object) -> None:
-    names = sorted(set(CODEBOOKS) - _NOT_FOR_WEIGHTS)
-    if codebook not in names:
-        raise ValueError(f"Q8Config: codebook must be one of {', '.join(names)}; got {codebook!r}")
 
 
 def _names(entries: Iterable[str] | None) -> list[str] | None:

@@ -210,8 +210,7 @@ class Q8HfQuantizer(HfQuantizer):
             if self._loads_state_dict:
                 _refuse_missing(name, scales)
             # Disk offload leaves tensors without data, and has read them from checked files.
-            present = {part: tensor for part, tensor in scales.items() if not tensor.is_meta}
-            check_stored_parts(name, present, "")
+            check_stored_parts(name, scales, "")
         return model
 
     def attach(self, model: Any) -> None:

@@ -97,8 +97,9 @@ def test_a_bad_weight_is_refused() -> None:
     float_module.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match="weight has 1 NaN or Inf values"):
         Q8Linear.from_float(float_module)
-    with pytest.raises(ValueError, match="no codebook 'nf4', there are"):
-        Q8Linear.from_float(nn.Linear(4, 4), "nf4")
+    for name in ("nf4", "dynamic_unsigned"):
+        with pytest.raises(ValueError, match=f"Q8Linear: codebook must be one of .* got '{name}'"):
+            Q8Linear.from_float(nn.Linear(4, 4), name)
     with pytest.raises(ValueError, match="block_size must be a power of two"):
         Q8Linear(4, 4, block_size=100)
     with pytest.raises(TypeError, match="Q8Linear: dtype must be float32 or"):
@@ -141,6 +142,22 @@ def test_state_dict_round_trip(make: Any) -> None:
         fresh.load_state_dict(stored, assign=assign)
         assert torch.equal(fresh.weight, module.weight)
         assert isinstance(fresh.codes, FrozenCodes)
+
+
+def test_state_dict_without_data() -> None:
+    module, stored = linear()[1], linear()[1].to("meta").state_dict()
+    module.load_state_dict(stored, assign=True)
+    assert module.codes.is_meta
+    assert module.absmax.is_meta
+    assert isinstance(module.codes, FrozenCodes)
+
+
+def test_the_empty_weight_of_stored_models_is_passed_over() -> None:
+    module = linear()[1]
+    stored = {**module.state_dict(), "weight": torch.empty(0)}
+    assert Q8Linear(100, 70, block_size=64).load_state_dict(stored) == ([], [])
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight"'):
+        module.load_state_dict({**module.state_dict(), "weight": torch.ones(70, 100)})
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_q8 import checks, ops
-from gptj_q8.codebooks import CODEBOOKS, check_codebook
+from gptj_q8.codebooks import CODEBOOKS, check_codebook, check_name
 from gptj_q8.nn.weight import LazyWeight
 
 HIVEMIND_NAMES = {"codes": "weight", "absmax": "absmax", "codebook": "code"}
@@ -68,8 +68,7 @@ class QuantizedWeight(nn.Module):
 
     def _quantize_parts(self, weight: Tensor, codebook: str) -> None:
         """Fills the parts from a float weight. Raises ValueError for NaN, Inf, an unknown name."""
-        if codebook not in CODEBOOKS:
-            raise ValueError(f"no codebook {codebook!r}, there are {', '.join(CODEBOOKS)}")
+        check_name(type(self).__name__, codebook)
         self.codebook = CODEBOOKS[codebook](weight, self.block_size)
         codes, self.absmax = ops.quantize(weight, self.codebook, self.block_size)
         self.codes = FrozenCodes(codes, requires_grad=False)
@@ -137,10 +136,13 @@ class QuantizedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Also takes the seed's names, and refuses values that cannot be right."""
-        if prefix + "codes" not in state_dict and prefix + "weight" in state_dict:
+        weight = state_dict.get(prefix + "weight")
+        if prefix + "codes" not in state_dict and weight is not None:
             for ours, theirs in HIVEMIND_NAMES.items():
                 if prefix + theirs in state_dict:
                     state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        elif weight is not None and weight.numel() == 0:
+            del state_dict[prefix + "weight"]  # stored to warn those who do not know codes
         try:
             check_stored_parts(prefix.rstrip(".") or type(self).__name__, state_dict, prefix)
         except (TypeError, ValueError) as error:
@@ -158,16 +160,17 @@ def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
     """Checks the values of a stored weight's parts, those of them that are there.
 
     TypeError for codes that are not uint8; ValueError for a NaN, Inf or negative scale and for a
-    codebook that is not 256 sorted values in [-1, 1]. The sentences begin with `name`.
+    codebook that is not 256 sorted values in [-1, 1]. The sentences begin with `name`. Tensors
+    without data (meta) pass.
     """
     codes, absmax, codebook = (tensors.get(prefix + part) for part in HIVEMIND_NAMES)
     if codes is not None and codes.dtype != torch.uint8:
         raise TypeError(
             f"{name}: codes must be uint8, got {str(codes.dtype).removeprefix('torch.')}"
         )
-    if absmax is not None:
+    if absmax is not None and not absmax.is_meta:
         checks.finite(name, "absmax", absmax)
         if absmax.numel() and absmax.min() < 0:
             raise ValueError(f"{name}: absmax must not be negative, got {float(absmax.min())}")
-    if codebook is not None:
+    if codebook is not None and not codebook.is_meta:
         check_codebook(codebook.float(), name)
