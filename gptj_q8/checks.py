@@ -172,9 +172,9 @@ def block_size_is_valid(op: str, block_size: int) -> None:
         )
 
 
-def float_dtype(who: str, dtype: torch.dtype) -> None:
-    """TypeError unless `dtype` is one of FLOATS."""
-    _dtype(who, "dtype", dtype, *FLOATS)
+def float_dtype(who: str, dtype: torch.dtype, name: str = "dtype") -> None:
+    """TypeError unless `dtype`, called `name` in the message, is one of FLOATS."""
+    _dtype(who, name, dtype, *FLOATS)
 
 
 def _quantized(op: str, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> None:

@@ -26,17 +26,26 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     weight share its codes. A Transformers model saves and loads as an 8-bit one from then on.
 
     ValueError for NaN or Inf (naming each tensor, with counts), for weights without data (meta
-    device), for an embedding with max_norm, for an entry of modules_to_not_convert that matches no
-    module, and when nothing is left to quantize; TypeError for dtypes other than float32, bfloat16
-    and float16. All are found before anything changes.
+    device), for an embedding with max_norm, for a module whose forward was replaced, for an entry
+    of modules_to_not_convert that matches no module, for 8-bit layers of another block_size, and
+    when nothing is left to quantize; TypeError for dtypes other than float32, bfloat16 and float16.
+    All are found before anything changes.
     """
     config = config or Q8Config()
     check_exemptions("quantize_", model, config)
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and module.block_size != config.block_size:
+            raise ValueError(
+                f"quantize_: {name} has block_size {module.block_size} already, and a model has "
+                f"one; got {config.block_size}"
+            )
     groups = targets(model, config)
     if not groups:
         raise ValueError("quantize_: the model has no nn.Linear or nn.Embedding left to quantize")
     for names in groups:
-        _check_convertible(names[0], model.get_submodule(names[0]))
+        module = model.get_submodule(names[0])
+        check_convertible("quantize_", names[0], module)
+        _check_in_memory(names[0], module)
     refuse_not_finite(
         {f"{names[0]}.weight": model.get_parameter(f"{names[0]}.weight") for names in groups}
     )
@@ -129,22 +138,28 @@ def check_exemptions(who: str, model: nn.Module, config: Q8Config) -> None:
         raise ValueError(f"{who}: modules_to_not_convert matches no module: {', '.join(unmatched)}")
 
 
-def _check_convertible(name: str, module: nn.Module) -> None:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if weight.is_meta:
+def check_convertible(who: str, name: str, module: nn.Module) -> None:
+    """TypeError for a weight's dtype, ValueError for max_norm, that 8-bit layers cannot have."""
+    assert isinstance(module.weight, torch.Tensor)
+    checks.float_dtype(who, module.weight.dtype, f"{name}.weight")
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"{who}: {name} has max_norm, which changes its weight; "
+            "name it in modules_to_not_convert"
+        )
+
+
+def _check_in_memory(name: str, module: nn.Module) -> None:
+    assert isinstance(module.weight, torch.Tensor)
+    if module.weight.is_meta:
         raise ValueError(
             f"quantize_: {name}.weight has no data (meta device); load the model first"
         )
-    if weight.dtype not in checks.FLOATS:
-        dtype = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(
-            f"quantize_: {name}.weight must be float32 or bfloat16 or float16, got {dtype}"
-        )
-    if getattr(module, "max_norm", None) is not None:
+    if "forward" in vars(module):
+        # accelerate does this to move data between devices.
         raise ValueError(
-            f"quantize_: {name} has max_norm, which changes its weight; "
-            "name it in modules_to_not_convert"
+            f"quantize_: {name} has had its forward replaced; quantize the model before that, "
+            "or while loading: from_pretrained(quantization_config=Q8Config())"
         )
 
 
@@ -167,9 +182,17 @@ def swap(model: nn.Module, names: Iterable[str], config: Q8Config) -> Quantized:
             first = made[id(module)] = from_float(module, config)
         elif id(module) not in made:
             made[id(module)] = sharing(module, first)
+        _hand_on_hooks(module, made[id(module)])
         model.set_submodule(name, made[id(module)])
     assert first is not None
     return first
+
+
+def _hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
+    # The very dicts, so that the handles that registration gave still remove them.
+    for name, value in vars(old).items():
+        if "_hooks" in name and value:
+            setattr(new, name, value)
 
 
 def from_float(module: nn.Linear | nn.Embedding, config: Q8Config) -> Quantized:

@@ -119,6 +119,36 @@ def test_other_dtypes_are_refused():
         quantize_(layered().double())
 
 
+def test_a_model_has_one_block_size():
+    """config.json holds one, and what save_pretrained wrote of two would not load."""
+    model = quantize_(gptj(), Q8Config(codebook="dynamic", modules_to_not_convert=["lm_head"]))
+    with pytest.raises(ValueError, match=r"wte has block_size 256 already, .* got 64"):
+        quantize_(model, Q8Config(block_size=64))
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(quantize_(model, QUICK).lm_head, Q8Linear)
+
+
+def test_hooks_survive():
+    model, seen = layered(), []
+    handle = model[3].register_forward_hook(lambda *_: seen.append("after"))
+    model[3].register_forward_pre_hook(lambda *_: seen.append("before"))
+    quantize_(model, QUICK)
+    model(torch.ones(1, 40))
+    assert seen == ["before", "after"]
+    handle.remove()
+    model(torch.ones(1, 40))
+    assert seen == ["before", "after", "before"]
+
+
+def test_replaced_forward_is_refused():
+    """As accelerate replaces it, to move what goes in and out."""
+    model = layered()
+    model[3].forward = lambda x: x.to(torch.float32)
+    with pytest.raises(ValueError, match="3 has had its forward replaced"):
+        quantize_(model)
+    assert type(model[0]) is nn.Linear
+
+
 def test_max_norm_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8, max_norm=1.0))
     with pytest.raises(ValueError, match="1 has max_norm"):
