@@ -57,7 +57,7 @@ def from_pretrained(
     if config is None or isinstance(config, str | os.PathLike):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = AutoConfig.from_pretrained(config or name_or_path, **hub)
-    if quantization_config is not None or not hasattr(config, "quantization_config"):
+    if quantization_config is not None or not getattr(config, "quantization_config", None):
         kwargs["quantization_config"] = quantization_config or Q8Config()
     return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
 
@@ -121,6 +121,8 @@ class Q8HfQuantizer(HfQuantizer):
             raise ValueError("gptj_q8: the model has no nn.Linear or nn.Embedding to quantize")
         if unmatched := convert.unmatched_exemptions(model, config):
             logger.warning("modules_to_not_convert matches no module: %s", ", ".join(unmatched))
+        for names in groups:
+            convert.check_convertible("from_pretrained", names[0], model.get_submodule(names[0]))
         self._groups = {name: names for names in groups for name in names}
         # Transformers casts weights to the model's dtype before we see them, and what that rounds
         # away adds to our error (bfloat16 from float16: 4 % more). So where the dtypes differ, let

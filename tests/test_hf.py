@@ -128,6 +128,14 @@ def test_gptj_q8_from_pretrained(float_dir, stored_dir):
     assert coarse.dtype == torch.float32
 
 
+def test_quantization_config_of_null(float_dir, tmp_path):
+    for name, data in contents(float_dir).items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert isinstance(gptj_q8.from_pretrained(tmp_path).lm_head, Q8Linear)
+
+
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_device_map(float_dir, stored_dir, device_map):
     model = load(float_dir, quantization_config=QUICK, device_map=device_map)
@@ -192,6 +200,11 @@ def test_bad_weights_are_all_named_while_loading(tmp_path):
         load(tmp_path, quantization_config=QUICK)
     assert "lm_head.weight has 5 NaN or Inf values" in str(caught.value)
     assert "transformer.h.1.mlp.fc_in.weight has 1 NaN or Inf values" in str(caught.value)
+
+
+def test_dtype_that_no_layer_can_have(float_dir):
+    with pytest.raises(TypeError, match=r"from_pretrained: .*\.weight must be .*, got float64"):
+        load(float_dir, quantization_config=QUICK, dtype=torch.float64)
 
 
 # Saving and loading the 8-bit model
