@@ -18,6 +18,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The float dtypes of weights, activations and gradients."""
 
 
+class DtypeError(TypeError):
+    """A TypeError for a tensor's dtype, which bad input can cause, where others are bugs."""
+
+
 def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> None:
     _dtype("quantize", "weight", weight.dtype, *FLOATS)
     _codebook("quantize", "codebook", codebook)
@@ -197,7 +201,7 @@ def _scales(op: str, name: str, absmax: Tensor, numel: int, block_size: int) -> 
 def _dtype(op: str, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
     if dtype not in allowed:
         names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
-        raise TypeError(f"{op}: {name} must be {names}, got {str(dtype).removeprefix('torch.')}")
+        raise DtypeError(f"{op}: {name} must be {names}, got {str(dtype).removeprefix('torch.')}")
 
 
 def _length(op: str, name: str, tensor: Tensor, length: int, unit: str) -> None:

@@ -299,6 +299,14 @@ def test_convert_refuses_nan_and_writes_nothing(model: Path, tmp_path: Path) -> 
     assert not (tmp_path / "8bit").exists()
 
 
+def test_float64_weights_are_one_sentence_too(model: Path, tmp_path: Path) -> None:
+    float32(model).double().save_pretrained(tmp_path / "double")
+    result = run("convert", tmp_path / "double", tmp_path / "8bit")
+    assert result.exit_code == 1
+    assert "must be float32 or bfloat16 or float16, got float64" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

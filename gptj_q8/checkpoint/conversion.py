@@ -212,11 +212,7 @@ class _Job:
                 yield name, {part: tensor.to(dtype)}
 
     def _quantize(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        if weight.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"{self.entries[name].file}: {name} must be float32 or bfloat16 or float16, "
-                f"got {str(weight.dtype).removeprefix('torch.')}"
-            )
+        checks.float_dtype(self.entries[name].file, weight.dtype, name)
         convert.refuse_not_finite({name: weight})
         block_size = self.config.block_size
         codebook = CODEBOOKS[self.config.codebook](weight, block_size)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from gptj_q8.checkpoint.shards import Entry, Shard
+from gptj_q8.checks import DtypeError
 from gptj_q8.config import check_format_version
 
 PARTS = ("codes", "absmax", "codebook")
@@ -97,4 +98,4 @@ def _check_dtype(name: str, entry: Entry, dtype: torch.dtype) -> None:
     if entry.dtype != dtype:
         wanted = str(dtype).removeprefix("torch.")
         got = str(entry.dtype).removeprefix("torch.")
-        raise TypeError(f"{entry.file}: {name} must be {wanted}, got {got}")
+        raise DtypeError(f"{entry.file}: {name} must be {wanted}, got {got}")

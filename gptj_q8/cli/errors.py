@@ -13,7 +13,7 @@ import typer
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # Named, not imported: importing torch or safetensors here would slow `--help` down.
-EXPECTED_NAMES = {"SafetensorError", "OutOfMemoryError"}
+EXPECTED_NAMES = {"DtypeError", "OutOfMemoryError", "SafetensorError"}
 
 
 class CliError(Exception):
