@@ -109,11 +109,12 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_reference_needs_a_few_megabytes_at_a_time() -> None:
     """Beyond its outputs (here at most 2 MB): the decoded weight alone would be 16 MB."""
-    w = random_quantized(1024, 4096, 256)
+    w, thin = random_quantized(1024, 4096, 256), random_quantized(8192, 32, 256)
     x, dy = torch.ones(64, 4096, dtype=torch.float16), torch.ones(64, 1024, dtype=torch.float16)
     weight = w.truth.half()
     for call in (
         lambda: reference.linear(x, *w.parts, None, 256),
+        lambda: reference.linear(x.view(-1, 32)[:128], *thin.parts, None, 256),
         lambda: reference.linear_grad_input(dy, *w.parts, 256),
         lambda: reference.embedding(torch.arange(64), *w.parts, 256, torch.float16),
         lambda: reference.histogram(weight, 256, 1 << 16),

@@ -84,7 +84,7 @@ def linear(
     rows = x.view(-1, K)
     y = torch.empty(len(rows), N, dtype=x.dtype, device=x.device)
     for n, w in _row_slabs(codes, absmax, codebook, block_size, _sum_dtype(x)):
-        for m in _row_ranges(len(rows), K):
+        for m in _row_ranges(len(rows), max(len(w), K)):
             product = rows[m].to(w.dtype) @ w.T
             if bias is not None:
                 product += bias[n].float()
