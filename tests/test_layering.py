@@ -15,7 +15,10 @@ FLOORS = [
     {"codebooks", "backends"},
     {"checks"},
     {"ops"},
-    {"_register", "config", "nn", "models", "convert", "checkpoint", "tied"},
+    {"_register", "config", "nn", "models"},
+    {"convert"},
+    {"checkpoint"},
+    {"tied"},
     {
         "hf",
         "lora",
