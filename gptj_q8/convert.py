@@ -26,12 +26,15 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     weight share its codes. A Transformers model saves and loads as an 8-bit one from then on.
 
     ValueError for NaN or Inf (naming each tensor, with counts), for weights without data (meta
-    device), for an embedding with max_norm, for a module whose forward was replaced, for an entry
-    of modules_to_not_convert that matches no module, for 8-bit layers of another block_size, and
-    when nothing is left to quantize; TypeError for dtypes other than float32, bfloat16 and float16.
-    All are found before anything changes.
+    device), for a model with adapters, for an embedding with max_norm, for a module whose forward
+    was replaced, for an entry of modules_to_not_convert that matches no module, for 8-bit layers of
+    another block_size, and when nothing is left to quantize; TypeError for dtypes other than
+    float32, bfloat16 and float16. All are found before anything changes.
     """
     config = config or Q8Config()
+    if getattr(model, "peft_config", None):
+        # They are layers too, and would be frozen in 8 bits.
+        raise ValueError("quantize_: the model has adapters; quantize it before they are added")
     check_exemptions("quantize_", model, config)
     for name, module in model.named_modules():
         if isinstance(module, Quantized) and module.block_size != config.block_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import peft
 import pytest
 import torch
 from tiny import gpt2, gptj, logits, relative
@@ -147,6 +148,18 @@ def test_replaced_forward_is_refused():
     with pytest.raises(ValueError, match="3 has had its forward replaced"):
         quantize_(model)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_adapters_are_not_quantized(how):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = gptj()
+    adapted = peft.get_peft_model(model, config) if how == "get_peft_model" else model
+    if how == "add_adapter":
+        model.add_adapter(config)
+    with pytest.raises(ValueError, match="the model has adapters; quantize it before"):
+        quantize_(adapted)
+    assert any(p.requires_grad for p in adapted.parameters())
 
 
 def test_max_norm_is_refused_before_anything_changes():
