@@ -49,7 +49,8 @@ def from_pretrained(
 
     For those who want one import; with `import gptj_q8`, `AutoModel...from_pretrained` does it too.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
-    Other arguments are those of `AutoModelForCausalLM.from_pretrained`.
+    Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
+    another method has quantized.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,7 +58,11 @@ def from_pretrained(
     if config is None or isinstance(config, str | os.PathLike):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = AutoConfig.from_pretrained(config or name_or_path, **hub)
-    if quantization_config is not None or not getattr(config, "quantization_config", None):
+    present = getattr(config, "quantization_config", None) or {}
+    method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(f"{name_or_path}: is quantized already ({method})")
+    if quantization_config is not None or not present:
         kwargs["quantization_config"] = quantization_config or Q8Config()
     return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
 

@@ -128,12 +128,17 @@ def test_gptj_q8_from_pretrained(float_dir, stored_dir):
     assert coarse.dtype == torch.float32
 
 
-def test_quantization_config_of_null(float_dir, tmp_path):
+@pytest.mark.parametrize("present", [None, {"quant_method": "gptq", "bits": 4}])
+def test_quantization_config_of_others(float_dir, tmp_path, present):
     for name, data in contents(float_dir).items():
         (tmp_path / name).write_bytes(data)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
-    assert isinstance(gptj_q8.from_pretrained(tmp_path).lm_head, Q8Linear)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": present}))
+    if present is None:
+        assert isinstance(gptj_q8.from_pretrained(tmp_path).lm_head, Q8Linear)
+    else:
+        with pytest.raises(ValueError, match=r"is quantized already \(gptq\)"):
+            gptj_q8.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
