@@ -330,6 +330,8 @@ def test_convert_explains_bad_options(
 def test_demo_shows_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptj_q8.cli.demo.TOKENS", 1024)
     monkeypatch.setattr("gptj_q8.cli.demo.TIMED_TOKENS", 4)
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()  # must not be taken for the model or the text
     output = tmp_path / "copy"
     shown = run("demo", "--output", output)
     assert shown.exit_code == 0, shown.output

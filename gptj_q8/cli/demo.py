@@ -12,6 +12,7 @@ import typer
 from gptj_q8.cli import load, options
 from gptj_q8.cli.convert import say_report
 from gptj_q8.cli.screen import Screen, bytes_text, open_screen, with_error
+from gptj_q8.demo import model_dir, text
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,9 @@ def demo_command(
             # hundredfold to threads that wait for each other.
             torch.set_num_threads(1)
             on = load.device(device)
-            tokens = load.tokenizer(load.DEMO)
+            # Not by the name `demo`, which a folder here may bear too.
+            source = str(model_dir())
+            tokens = load.tokenizer(source)
 
         screen.heading("1. Convert the small Spanish GPT-J to 8 bits")
         formats = {
@@ -84,9 +87,9 @@ def demo_command(
         say_report(screen, reports[0])
 
         screen.heading("2. Compare with the original, on text that the model has not seen")
-        original = load.model(load.DEMO, "float32", on)
+        original = load.model(source, "float32", on)
         models = [load.model(folder, "float32", on) for folder, _ in formats.values()]
-        ids = load.token_ids(tokens, load.text(load.DEMO), TOKENS)
+        ids = load.token_ids(tokens, text("held_out"), TOKENS)
         divergences = []
         for name, model in zip(formats, models, strict=True):
             with screen.progress(f"Comparing {name}") as on_progress:
@@ -142,7 +145,7 @@ def _convert(screen: Screen, folder: str, config: Q8Config, overwrite: bool) -> 
 
     with screen.progress("Converting") as on_progress:
         return convert_checkpoint(
-            load.model_path(load.DEMO),
+            model_dir(),
             folder,
             config,
             overwrite=overwrite,
@@ -153,7 +156,7 @@ def _convert(screen: Screen, folder: str, config: Q8Config, overwrite: bool) -> 
 def _stored_dtype() -> torch.dtype:
     from transformers import AutoConfig
 
-    dtype: torch.dtype = AutoConfig.from_pretrained(load.model_path(load.DEMO)).dtype
+    dtype: torch.dtype = AutoConfig.from_pretrained(model_dir()).dtype
     return dtype
 
 

@@ -97,7 +97,7 @@ def text(name: str) -> str:
     """Read a UTF-8 text: a file, plain or compressed, `-` for stdin, or the demo's."""
     if name == "-":
         content = sys.stdin.buffer.read()
-    elif name == DEMO and not Path(name).exists():
+    elif name == DEMO and not Path(name).is_file():
         from gptj_q8.demo import text as demo_text
 
         return demo_text("held_out")
