@@ -94,6 +94,13 @@ def test_autocast_casts_x_and_bias_only(dtype: torch.dtype, monkeypatch: Any) ->
         torch.testing.assert_close(dx[0].double(), W.truth.sum(0), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_the_reference_itself_refuses_ids_out_of_range(bad: int) -> None:
+    """On a GPU nobody else does: looking at the ids would wait for it."""
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        reference.embedding(torch.tensor([bad]), *W.parts, 64, torch.float32)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the bytes of the largest tensor that any operation returned."""
 

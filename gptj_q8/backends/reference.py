@@ -121,8 +121,10 @@ def embedding(
     rows = torch.empty(len(flat), K, dtype=dtype, device=codes.device)
     columns = torch.arange(K, device=codes.device)
     for m in _row_ranges(len(flat), K):
+        # index_select, for [...] would count ids below 0 from the end where nobody checks them.
+        levels = codebook[codes.index_select(0, flat[m]).int()]
         scales = absmax[(flat[m, None] * K + columns) // block_size]
-        rows[m] = (codebook[codes[flat[m]].int()] * scales).to(dtype)
+        rows[m] = (levels * scales).to(dtype)
     return rows.view(*ids.shape, K)
 
 
