@@ -269,7 +269,8 @@ def _batches(plan: list[Window], size: int) -> Iterator[list[Window]]:
 
 
 def _forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Offloaded parameters are on the meta device until used; hooks then move the input.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     options: dict[str, Any] = {}
     if hasattr(getattr(model, "config", None), "use_cache"):
         options["use_cache"] = False  # nothing is generated: a cache would only cost memory

@@ -2,6 +2,7 @@
 
 import math
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -263,3 +264,8 @@ def test_vocabularies_must_match(ids: Tensor) -> None:
     wide = Table(torch.zeros(VOCABULARY + 3, VOCABULARY + 3))
     with pytest.raises(ValueError, match="vocabularies differ: 61 and 64"):
         compare(Table(torch.zeros(VOCABULARY, VOCABULARY)), wide, ids)
+
+
+def test_an_offloaded_model_is_scored_too(model: GPTJForCausalLM, ids: Tensor) -> None:
+    offloaded = accelerate.cpu_offload(tiny_gptj(0), execution_device=torch.device("cpu"))
+    assert perplexity(offloaded, ids) == perplexity(model, ids)
