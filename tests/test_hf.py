@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPTJForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import gptj_q8
@@ -257,6 +259,23 @@ def test_reload_in_another_dtype(stored_dir, dtype):
     assert model.dtype == model.lm_head.dtype == model.transformer.wte.dtype == dtype
     assert model.lm_head.absmax.dtype == model.lm_head.codebook.dtype == torch.float32
     assert relative(logits(model), logits(load(stored_dir))) < 0.02
+
+
+def test_model_that_initializes_the_weights_of_its_parts(tmp_path):
+    """T5's modules do, and from_pretrained calls on them even where every weight was loaded."""
+    config = T5Config(d_model=32, d_ff=64, d_kv=8, num_layers=1, num_heads=4, vocab_size=130)
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    loaded = T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "float", quantization_config=QUICK
+    )
+    loaded.save_pretrained(tmp_path / "stored")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "stored")
+    expected = gptj_q8.quantize_(model, QUICK)
+    ids = torch.arange(9)[None]
+    for each in (loaded, again):
+        outputs = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (each, expected))
+        assert torch.equal(*outputs)
 
 
 def test_quantize_then_save(float_dir, stored_dir, tmp_path):

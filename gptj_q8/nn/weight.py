@@ -27,6 +27,8 @@ class LazyWeight(Tensor):
 
     _decode: Callable[[], Tensor]
     _value: Tensor | None
+    # Transformers' models initialize the weights of their parts, except those marked so.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(
