@@ -42,6 +42,11 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
                 f"quantize_: {name} has block_size {module.block_size} already, and a model has "
                 f"one; got {config.block_size}"
             )
+    if type(model) in (nn.Linear, nn.Embedding):
+        kind = type(model).__name__
+        raise ValueError(
+            f"quantize_: a bare nn.{kind} cannot be replaced in place, use Q8{kind}.from_float"
+        )
     groups = targets(model, config)
     if not groups:
         raise ValueError("quantize_: the model has no nn.Linear or nn.Embedding left to quantize")

@@ -153,8 +153,11 @@ def decode_speeds(
     """Decoding speed of several models in tokens per second, medians over the rounds.
 
     Each round runs every model once, so that a busy moment of the machine does not count
-    against one of them alone. One round before the first is not counted.
+    against one of them alone. One round before the first is not counted. ValueError for fewer
+    than 2 new tokens: decoding is timed from the first to the last.
     """
+    if new_tokens < 2:
+        raise ValueError(f"decode_speeds: new_tokens must be at least 2, got {new_tokens}")
     speeds: list[list[float]] = [[] for _ in models]
     for i in range(rounds + 1):
         for model, found in zip(models, speeds, strict=True):

@@ -251,3 +251,10 @@ def test_training_flag_and_options_survive():
 def test_bad_config(arguments, error, message):
     with pytest.raises(error, match=message):
         Q8Config(**arguments)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Embedding(8, 8)])
+def test_a_bare_module_is_told_how(module: nn.Module) -> None:
+    kind = type(module).__name__
+    with pytest.raises(ValueError, match=rf"a bare nn\.{kind} .*, use Q8{kind}\.from_float"):
+        quantize_(module)

@@ -271,6 +271,7 @@ def test_the_weight_answers_without_decoding() -> None:
         assert "LazyWeight" in repr(weight)
         weight.requires_grad = False
         weight.requires_grad_(False)
+        weight.grad = None
     assert not calls
 
 

@@ -72,15 +72,14 @@ class LazyWeight(Tensor):
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], LazyWeight):
             weight = args[0]
-            if name == "__get__" and func.__self__ is Tensor.data:  # type: ignore[attr-defined]
-                return weight
-            if name == "detach_":
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "detach_" or (name == "__get__" and attribute == "data"):
                 return weight
             if name in ("__set__", "requires_grad_"):
                 wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-                if wanted is False:
+                if wanted is False or wanted is None:
                     return weight
-                _refuse(name)
+                _refuse(f".{attribute} =" if attribute else name)
             if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
                 _refuse(name)
             if name in _READS:
