@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +46,50 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# Tiny checkpoints on disk. What makes them takes a second to import, so only their users pay.
+
+
+@pytest.fixture(scope="session")
+def float_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-J in float16, in several shards."""
+    from tiny import gptj
+
+    path = tmp_path_factory.mktemp("float")
+    gptj().half().save_pretrained(path, max_shard_size="50KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture(scope="session")
+def stored_dir(float_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 8 bits, in several shards."""
+    from tiny import load
+
+    from gptj_q8.config import Q8Config
+
+    path = tmp_path_factory.mktemp("stored")
+    load(float_dir, quantization_config=Q8Config()).save_pretrained(path, max_shard_size="30KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture
+def one_file(float_dir: Path, tmp_path: Path) -> Path:
+    """The same in 8 bits in one file, to be damaged."""
+    from tiny import QUICK, load
+
+    load(float_dir, quantization_config=QUICK).save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+@pytest.fixture(scope="session")
+def source(float_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one in float16 with a tokenizer beside it, to be converted from file to file."""
+    path = tmp_path_factory.mktemp("source")
+    shutil.copytree(float_dir, path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "LICENSE"):
+        (path / name).write_text(f'{{"this is": "{name}"}}')
+    (path / "optimizer.pt").write_text("none of ours")
+    return path

@@ -8,14 +8,12 @@ import logging
 import peft
 import pytest
 import torch
-from tiny import gpt2, gptj, logits, relative
+from tiny import QUICK, gpt2, gptj, logits, relative
 from torch import nn
 
 from gptj_q8.config import Q8Config
 from gptj_q8.convert import dequantize_, quantize_
 from gptj_q8.nn import Q8Embedding, Q8Linear
-
-QUICK = Q8Config(codebook="dynamic")  # where the codebook does not matter
 
 
 def layered() -> nn.Sequential:

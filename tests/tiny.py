@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, PreTrainedModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    PreTrainedModel,
+)
 
+from gptj_q8.config import Q8Config
+
+QUICK = Q8Config(codebook="dynamic")  # where the codebook does not matter
 VOCABULARY = 130
 IDS = torch.arange(12)[None]
 SIZES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -30,6 +43,13 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**SIZES, **TOKENS)).eval()
 
 
+def load(path: Path, **kwargs: object) -> PreTrainedModel:
+    """from_pretrained that loads everything that it should."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return model
+
+
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -47,3 +67,13 @@ def contents(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite the only weight file, its tensors changed by `change`, its metadata kept."""
+    path = directory / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
