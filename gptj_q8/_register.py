@@ -16,7 +16,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register now if Transformers' table of quantizers is loaded, else as soon as it is."""
+    """Registers now if Transformers' table of quantizers is loaded, else as soon as it is."""
     if _TABLE in sys.modules:
         _import_quantizer()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):

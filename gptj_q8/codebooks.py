@@ -26,7 +26,7 @@ _ENDS = np.array([0, 1], np.float32)
 
 
 def dynamic() -> Tensor:
-    """Return bitsandbytes' signed dynamic map: (256,) float32.
+    """Returns bitsandbytes' signed dynamic map: (256,) float32.
 
     Dettmers, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561): one
     decade per exponent, each decade with twice as many levels as the one below it.
@@ -36,7 +36,7 @@ def dynamic() -> Tensor:
 
 
 def dynamic_unsigned() -> Tensor:
-    """Return bitsandbytes' unsigned dynamic map, 0 to 1: (256,) float32."""
+    """Returns bitsandbytes' unsigned dynamic map, 0 to 1: (256,) float32."""
     decades = _decades([2 << exponent for exponent in range(7)])
     return torch.from_numpy(np.sort(np.concatenate([decades, _ENDS])))
 
@@ -58,13 +58,13 @@ def _decades(levels: list[int]) -> NDArray[np.float32]:
 
 
 def linear() -> Tensor:
-    """Return uniform int8, i / 127 with -1 doubled to fill the table: (256,) float32."""
+    """Returns uniform int8, i / 127 with -1 doubled to fill the table: (256,) float32."""
     steps = np.arange(-128, 128).clip(min=-127).astype(np.float32)
     return torch.from_numpy(steps / np.float32(127))
 
 
 def fitted(weight: Tensor, block_size: int) -> Tensor:
-    """Return the codebook with the least squared error of `weight` once decoded.
+    """Returns the codebook with the least squared error of `weight` once decoded.
 
     weight: any shape, floating point; returns (256,) float32 on its device. See `fit`.
     """
@@ -73,7 +73,7 @@ def fitted(weight: Tensor, block_size: int) -> Tensor:
 
 
 def fit(counts: Tensor) -> Tensor:
-    """Return the least-squares codebook of a histogram over [-1, 1].
+    """Returns the least-squares codebook of a histogram over [-1, 1].
 
     counts: (bins,) int64, bin i holding the weight of [2i / bins - 1, 2(i + 1) / bins - 1);
     returns (256,) float32 on its device.
@@ -156,7 +156,7 @@ def _fit(counts: _Int64, levels: int) -> _Float64:
 
 
 def _one_level_per_bin(centres: _Float64, levels: int) -> _Float64:
-    """Give each of fewer than `levels` values its nearest level; spread the spare evenly."""
+    """Gives each of fewer than `levels` values its nearest level; spreads the spare evenly."""
     needed = np.union1d(_GRID[_nearest(centres)], [0])
     others = np.setdiff1d(_GRID[_nearest(np.linspace(-1, 1, levels))], needed)
     spare = levels - len(needed)
@@ -164,7 +164,7 @@ def _one_level_per_bin(centres: _Float64, levels: int) -> _Float64:
 
 
 def _equal_error_levels(moments: _Moments, levels: int) -> _Float64:
-    """Cut [-1, 1] into cells of about equal error, as the best ones are, and return their means.
+    """Cuts [-1, 1] into cells of about equal error, as the best are, and returns their means.
 
     The best cells are as wide as density^(-1/3) (Panter and Dite, 1951), so their errors, about
     mass * width^2, are equal. Each pass spreads the fourth root of every old cell's error evenly
@@ -202,7 +202,7 @@ def _candidates(chosen: _Int64, reach: int) -> _Int64:
 
 
 def _best_levels(moments: _Moments, candidates: _Int64) -> tuple[_Int64, np.float64]:
-    """Choose one candidate per row so that the total error is least, and return that too.
+    """Chooses one candidate per row so that the total error is least, and returns that too.
 
     candidates: (levels, width), indices into `_GRID`; returns (levels,), ascending, with `_ZERO`.
     Dynamic programming as in Bruce, "Optimum quantization" (1965): the shortest path from row to
@@ -255,7 +255,7 @@ def check_name(who: str, name: object) -> None:
 
 
 def check_codebook(codebook: Tensor, who: str) -> None:
-    """Raise TypeError or ValueError, in the name of the op `who`, unless `codebook` is a codebook.
+    """TypeError or ValueError, in the name of the op `who`, unless `codebook` is a codebook.
 
     Repeated levels are allowed. Reads the values, so on a GPU it waits for them.
     """

@@ -46,7 +46,7 @@ class Q8Config(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Build from config.json's `quantization_config`; ValueError for a newer format.
+        """Builds from config.json's `quantization_config`; ValueError for a newer format.
 
         The stored tensors carry their own tables, so any codebook name will do here.
         """

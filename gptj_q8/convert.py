@@ -20,7 +20,7 @@ _NOTHING_TIED: Mapping[str, str] = MappingProxyType({})
 
 
 def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
-    """Quantize every nn.Linear and nn.Embedding of `model` in place, and return it.
+    """Quantizes every nn.Linear and nn.Embedding of `model` in place, and returns it.
 
     Subclasses of the two stay as they are: what they compute may differ. Modules that share a
     weight share its codes. A Transformers model saves and loads as an 8-bit one from then on.
@@ -64,7 +64,7 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn every 8-bit layer of `model` into nn.Linear or nn.Embedding in place, and return it.
+    """Turns every 8-bit layer of `model` into nn.Linear or nn.Embedding in place; returns it.
 
     dtype: of the new layers; None takes each layer's own. A Transformers model is an ordinary one
     from then on, all of it in `dtype`.
@@ -77,7 +77,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Do what `dequantize_` does to the layers, and leave the rest of the model alone."""
+    """Does what `dequantize_` does to the layers, and leaves the rest of the model alone."""
     shared: dict[int, nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
     layers = [
@@ -100,7 +100,7 @@ def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 def targets(
     model: nn.Module, config: Q8Config, tied: Mapping[str, str] = _NOTHING_TIED
 ) -> list[list[str]]:
-    """Return the names of the modules to quantize; those that share one weight stand in one list.
+    """Returns the names of the modules to quantize; those that share a weight stand in one list.
 
     tied: parameter names that will share the weight of another once loaded, as Transformers'
     `all_tied_weights_keys` has them; weights that are one object already need no mention.
@@ -134,7 +134,7 @@ def exempt(name: str, config: Q8Config) -> bool:
 
 
 def unmatched_exemptions(model: nn.Module, config: Q8Config) -> list[str]:
-    """Return the entries of `modules_to_not_convert` that name no module of `model`."""
+    """Returns the entries of `modules_to_not_convert` that name no module of `model`."""
     names = [f".{name}." for name, _ in model.named_modules()]
     entries = config.modules_to_not_convert or ()
     return [entry for entry in entries if not any(f".{entry}." in name for name in names)]
@@ -180,7 +180,7 @@ def refuse_not_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def swap(model: nn.Module, names: Iterable[str], config: Q8Config) -> Quantized:
-    """Put 8-bit modules in the place of float ones that share one weight; return the first."""
+    """Puts 8-bit modules in the place of float ones that share one weight; returns the first."""
     first: Quantized | None = None
     made: dict[int, Quantized] = {}
     old = {name: model.get_submodule(name) for name in names}
@@ -204,14 +204,14 @@ def _hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def from_float(module: nn.Linear | nn.Embedding, config: Q8Config) -> Quantized:
-    """Return the 8-bit module with the values of `module`."""
+    """Returns the 8-bit module with the values of `module`."""
     if isinstance(module, nn.Linear):
         return Q8Linear.from_float(module, config.codebook, config.block_size)
     return Q8Embedding.from_float(module, config.codebook, config.block_size)
 
 
 def shell(module: nn.Module, block_size: int) -> Quantized:
-    """Return an 8-bit module with the shape and options of `module`, on the meta device.
+    """Returns an 8-bit module with the shape and options of `module`, on the meta device.
 
     It has the very bias of `module`.
     """
@@ -242,14 +242,14 @@ def shell(module: nn.Module, block_size: int) -> Quantized:
 
 
 def sharing(module: nn.Module, other: Quantized) -> Quantized:
-    """Return `module` in 8 bits with the codes, absmax and codebook of `other`, not copies."""
+    """Returns `module` in 8 bits with the codes, absmax and codebook of `other`, not copies."""
     twin = shell(module, other.block_size)
     twin.codes, twin.absmax, twin.codebook = other.codes, other.absmax, other.codebook
     return twin
 
 
 def float_layer(layer: Quantized, weight: nn.Parameter) -> nn.Linear | nn.Embedding:
-    """Return the nn.Linear or nn.Embedding that `layer` stands for, with this weight."""
+    """Returns the nn.Linear or nn.Embedding that `layer` stands for, with this weight."""
     made: nn.Linear | nn.Embedding
     if isinstance(layer, Q8Linear):
         made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -269,7 +269,7 @@ def float_layer(layer: Quantized, weight: nn.Parameter) -> nn.Linear | nn.Embedd
 
 
 def _tell_transformers(model: nn.Module, config: Q8Config) -> None:
-    """Let a Transformers model know that it is quantized, so that it saves and loads as one."""
+    """Lets a Transformers model know that it is quantized, so that it saves and loads as one."""
     if "transformers.modeling_utils" not in sys.modules:
         return
     from transformers import PreTrainedModel

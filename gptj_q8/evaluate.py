@@ -41,11 +41,9 @@ LOGITS_PER_CHUNK = 2**20  # 8 MiB for each float64 temporary
 class Perplexity:
     """The perplexity of a text.
 
-    Args:
-        value: exp(nll).
-        nll: mean negative log-likelihood, nats per token.
-        standard_error: of `value` (divide by `value` for the one of `nll`), NaN below 3 tokens.
-        tokens: how many tokens were scored.
+    value: exp(nll). nll: mean negative log-likelihood, nats per token.
+    standard_error: of `value` (divide by `value` for the one of `nll`), NaN below 3 tokens.
+    tokens: how many tokens were scored.
     """
 
     value: float
@@ -58,17 +56,14 @@ class Perplexity:
 class Divergence:
     """How far a model is from its original on a text.
 
-    Args:
-        kl: mean KL(original || model), nats per token.
-        kl_standard_error: of `kl`.
-        kl_max: the largest divergence at any token.
-        top1_agreement: share of tokens at which both models have the same first choice.
-        tokens: how many predictions were compared.
-        perplexity: the model's.
-        original_perplexity: the original's.
-        perplexity_change: perplexity / original_perplexity - 1.
-        perplexity_change_standard_error: from the differences token by token. Both models meet
-            the same hard and easy tokens, so this is far below either perplexity's own error.
+    kl: mean KL(original || model), nats per token. kl_standard_error: of `kl`.
+    kl_max: the largest divergence at any token.
+    top1_agreement: share of tokens at which both models have the same first choice.
+    tokens: how many predictions were compared.
+    perplexity: the model's. original_perplexity: the original's.
+    perplexity_change: perplexity / original_perplexity - 1.
+    perplexity_change_standard_error: from the differences token by token. Both models meet the
+        same hard and easy tokens, so this is far below either perplexity's own error.
     """
 
     kl: float
@@ -92,12 +87,10 @@ class Window:
 
 
 def windows(length: int, window: int, stride: int) -> list[Window]:
-    """Cover tokens 1 to length - 1, each scored once.
+    """Covers tokens 1 to length - 1, each scored once.
 
-    Args:
-        length: tokens in the text, at least 2.
-        window: tokens per window, at least 2.
-        stride: tokens from one window to the next, 1 to window - 1.
+    length: tokens in the text, at least 2. window: tokens per window, at least 2.
+    stride: tokens from one window to the next, 1 to window - 1.
     """
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}")
@@ -122,14 +115,11 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a text under a sliding window.
 
-    Args:
-        model: ids [B, T] to logits [B, T, V].
-        ids: the text's token ids, [T] or [1, T].
-        window (int, Optional): tokens the model sees at once.
-            Default: its number of positions, at most 2048.
-        stride (int, Optional): tokens from one window to the next; smaller gives every token
-            more context and costs more passes. Default: half the window.
-        on_progress (Callable, Optional): called with (tokens scored, tokens to score).
+    model: ids [B, T] to logits [B, T, V]. ids: the text's token ids, [T] or [1, T].
+    window: tokens the model sees at once; None takes its number of positions, at most 2048.
+    stride: tokens from one window to the next; smaller gives every token more context and costs
+        more passes; None takes half the window.
+    on_progress: called with (tokens scored, tokens to score).
 
     The standard error is that of batch means: the token losses, in text order, are cut into
     about sqrt(n) stretches of about sqrt(n) tokens, and the spread of the stretches' means
@@ -158,11 +148,10 @@ def compare(
 ) -> Divergence:
     """Divergence of a model from its original, over a text.
 
-    Args:
-        model: ids [B, T] to logits [B, T, V].
-        original: the same, taken as the truth; run it in float32 where memory allows.
-        ids, window, stride, on_progress: as for `perplexity`, whose remarks on the standard
-            error hold for each of these.
+    model: ids [B, T] to logits [B, T, V].
+    original: the same, taken as the truth; run it in float32 where memory allows.
+    ids, window, stride, on_progress: as for `perplexity`, whose remarks on the standard error
+        hold for each error here.
     """
     tokens = _check_ids(ids)
     plan = _plan(model, tokens, window, stride)
@@ -245,7 +234,7 @@ def _check_fits(model: nn.Module, ids: Tensor, plan: list[Window]) -> None:
 def _scored(
     model: nn.Module, ids: Tensor, plan: list[Window], on_progress: Progress | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, window by window in text order, (logits [n, V], targets [n]) of what it scores."""
+    """Yields, window by window in text order, (logits [n, V], targets [n]) of what it scores."""
     for batch in _batches(plan, max(1, TOKENS_PER_PASS // plan[0].end)):
         inputs = torch.stack([ids[w.begin : w.end] for w in batch])
         # Not around the yield: a generator's context would leak into the caller's code.
@@ -260,7 +249,7 @@ def _scored(
 
 
 def _batches(plan: list[Window], size: int) -> Iterator[list[Window]]:
-    """Group neighbouring windows of equal length; only the last can be shorter."""
+    """Groups neighbouring windows of equal length; only the last can be shorter."""
     full = [w for w in plan if w.end - w.begin == plan[0].end]
     for i in range(0, len(full), size):
         yield full[i : i + size]
@@ -281,7 +270,7 @@ def _forward(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and leave each module's training flag as it was."""
+    """Switches dropout off, and leaves each module's training flag as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -293,7 +282,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (log probabilities float64 [n, V], targets [n]) a few rows at a time."""
+    """Yields (log probabilities float64 [n, V], targets [n]) a few rows at a time."""
     rows = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
     for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True):
         yield F.log_softmax(chunk.double(), dim=-1), target

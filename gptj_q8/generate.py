@@ -21,11 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 class Generation:
     """A text generated from a prompt, and its timing.
 
-    Args:
-        text: what follows the prompt.
-        prompt_tokens, new_tokens: counts.
-        prompt_seconds: from the start to the first new token.
-        decode_seconds: from the first new token to the last.
+    text: what follows the prompt. prompt_tokens, new_tokens: counts.
+    prompt_seconds: from the start to the first new token.
+    decode_seconds: from the first new token to the last.
     """
 
     text: str
@@ -85,17 +83,15 @@ def generate(
     top_p: float = 0.95,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt.
+    """Continues a prompt.
 
-    Args:
-        model, tokenizer: a causal language model and its tokenizer.
-        prompt: the text to continue; "" starts from the tokenizer's first token.
-        max_new_tokens (int, Optional): an upper bound; the model's end token and the end of
-            its context come first where they do. Default: 100.
-        temperature (float, Optional): None takes the likeliest token each time. Default: 0.8.
-        top_p (float, Optional): samples among the likeliest tokens that together have this
-            probability. Default: 0.95.
-        on_text (Callable, Optional): called with each piece of text as it comes.
+    model, tokenizer: a causal language model and its tokenizer.
+    prompt: the text to continue; "" starts from the tokenizer's first token.
+    max_new_tokens: an upper bound; the model's end token and the end of its context come first
+        where they do.
+    temperature: None takes the likeliest token each time.
+    top_p: samples among the likeliest tokens that together have this probability.
+    on_text(piece): called with each piece of text as it comes.
     """
     ids = encode(tokenizer, prompt)
     if max(ids) >= model.config.vocab_size:

@@ -45,7 +45,7 @@ def from_pretrained(
     quantization_config: Q8Config | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model in 8 bits, whether it is stored so or in float.
+    """Loads a causal language model in 8 bits, whether it is stored so or in float.
 
     For those who want one import; with `import gptj_q8`, `AutoModel...from_pretrained` does it too.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
@@ -167,7 +167,7 @@ class Q8HfQuantizer(HfQuantizer):
     def quantize_loaded(
         self, model: Any, param_name: str, weight: Tensor, missing_keys: set[str]
     ) -> dict[str, Tensor]:
-        """Put an 8-bit module in the place of the one whose weight has come; return its parts."""
+        """Puts an 8-bit module in the place of one whose weight has come; returns its parts."""
         name = param_name.removesuffix(".weight")
         module = model.get_submodule(name)
         try:
@@ -193,7 +193,7 @@ class Q8HfQuantizer(HfQuantizer):
         return {f"{name}.{part}": getattr(first, part) for part in stored.PARTS}
 
     def _load_tied_twice(self, model: Any, name: str, layer: Quantized, weight: Tensor) -> None:
-        """Take in a tied weight that the checkpoint holds under both names."""
+        """Takes in a tied weight that the checkpoint holds under both names."""
         twin = convert.float_layer(layer, nn.Parameter(weight, requires_grad=False))
         own: Any = convert.from_float(twin, self.quantization_config)
         if torch.equal(own.codes, layer.codes) and torch.equal(own.absmax, layer.absmax):
@@ -221,7 +221,7 @@ class Q8HfQuantizer(HfQuantizer):
         return model
 
     def attach(self, model: Any) -> None:
-        """Tell a model that was quantized in memory."""
+        """Tells a model that was quantized in memory."""
         tied.tie_codes(model)
         model.hf_quantizer = self
         model.is_quantized = True
@@ -229,7 +229,7 @@ class Q8HfQuantizer(HfQuantizer):
         self.postprocess_model(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, Any]:
-        """Return what save_pretrained writes."""
+        """Returns what save_pretrained writes."""
         metadata = {"format_version": str(FORMAT_VERSION)}
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, metadata

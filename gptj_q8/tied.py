@@ -8,7 +8,7 @@ from gptj_q8.convert import Quantized
 
 
 def tie_codes(model: Any) -> list[str]:
-    """Tell Transformers that the codes are tied where it knows the weights to be.
+    """Tells Transformers that the codes are tied where it knows the weights to be.
 
     Returns the names of the modules that take another's codes.
     """
@@ -32,7 +32,7 @@ def tie_codes(model: Any) -> list[str]:
 
 
 def untie(model: Any, name: str) -> None:
-    """Forget that module `name` was to share its codes."""
+    """Forgets that module `name` was to share its codes."""
     own = {f"{name}.{part}" for part in PARTS}
     for mapping in (model.all_tied_weights_keys, model._tied_weights_keys):
         for target, source in list(mapping.items()):
@@ -48,7 +48,7 @@ def _tied_layers(model: Any) -> Iterator[tuple[Quantized, Quantized]]:
 
 
 def share_scales(model: Any) -> None:
-    """Give layers that share their codes the scales that came with them."""
+    """Gives layers that share their codes the scales that came with them."""
     for one, other in _tied_layers(model):
         if one.codes is other.codes:
             loaded = one if getattr(one.absmax, "_is_hf_initialized", False) else other
@@ -57,7 +57,7 @@ def share_scales(model: Any) -> None:
 
 
 def tie_weights(model: Any) -> None:
-    """Undo `tie_codes`."""
+    """Undoes `tie_codes`."""
     tied = model.all_tied_weights_keys
     for target, source in list(tied.items()):
         if target.endswith(".codes"):

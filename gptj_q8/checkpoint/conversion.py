@@ -46,7 +46,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Write the model in `source` to `target` in 8 bits, with its tokenizer.
+    """Writes the model in `source` to `target` in 8 bits, with its tokenizer.
 
     source: a directory or a Hub id (at `revision`), with safetensors or pytorch_model.bin, sharded
         or not.
@@ -92,7 +92,7 @@ def convert_checkpoint(
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
-    """Return the directory of `source`, downloaded if it is a Hub id."""
+    """Returns the directory of `source`, downloaded if it is a Hub id."""
     if Path(source).is_dir():
         return Path(source)
     if isinstance(source, Path) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
@@ -168,7 +168,7 @@ class _Job:
         return kinds, copies
 
     def announce(self) -> dict[str, Entry]:
-        """Return what will be written, in the order in which `run` gives it."""
+        """Returns what will be written, in the order in which `run` gives it."""
         written = {}
         for name, entry in self.entries.items():
             for part, (dtype, shape) in self._parts(name, entry).items():
@@ -194,7 +194,7 @@ class _Job:
         }
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Give the name of each source tensor with what becomes of it."""
+        """Gives the name of each source tensor with what becomes of it."""
         for name, entry in self.entries.items():
             tensor = self.shards[entry.file].read(name)
             if name in self.copies:
@@ -223,7 +223,7 @@ class _Job:
         return {f"{base}.{part}": t for part, t in zip(stored.PARTS, parts, strict=True)}
 
     def report(self, bytes_before: int, bytes_after: int) -> ConversionReport:
-        """Return the report; the sizes are those of the weight files."""
+        """Returns the report; the sizes are those of the weight files."""
         size = sum(
             entry.bytes
             for name, entry in self.announce().items()
@@ -238,7 +238,7 @@ class _Job:
 
 
 def _leftovers(skeleton: Any, rule: Rule | None, names: Iterable[str]) -> list[str]:
-    """Return those of the names that an old checkpoint has and today's model has no use for."""
+    """Returns those of the names that an old checkpoint has and today's model has no use for."""
     patterns = [
         *(skeleton._keys_to_ignore_on_load_unexpected or ()),
         *(rule.leftovers if rule else ()),
@@ -250,7 +250,7 @@ def _leftovers(skeleton: Any, rule: Rule | None, names: Iterable[str]) -> list[s
 
 
 def _skeleton(directory: Path) -> tuple[Any, Any]:
-    """Return the model's configuration and the model without data."""
+    """Returns the model's configuration and the model without data."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(directory)

@@ -13,7 +13,7 @@ _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bi
 
 @contextmanager
 def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a directory to fill that becomes `target` if and only if the block ends well.
+    """Gives a directory to fill that becomes `target` if and only if the block ends well.
 
     Until then it stands beside `target`, which must not be a link, under another name. With
     `overwrite`, an old model directory gives way in one rename; its files other than weights move
@@ -76,7 +76,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Move what the new directory lacks from the old one, except weights, and drop the rest."""
+    """Moves what the new directory lacks from the old one, except weights, and drops the rest."""
     for path in old.iterdir():
         if not _WEIGHT_FILE.fullmatch(path.name) and not (new / path.name).exists():
             path.rename(new / path.name)

@@ -68,7 +68,7 @@ class Errors:
         codebook: Tensor,
         block_size: int,
     ) -> None:
-        """Compare a weight with its decoded form, chunk by chunk."""
+        """Compares a weight with its decoded form, chunk by chunk."""
         sums = self.sums.setdefault(kind, _Sums())
         sums.tensors += 1
         sums.weights += weight.numel()
@@ -83,7 +83,7 @@ class Errors:
             sums.square += float(torch.dot(part, part))
 
     def by_kind(self, first: Sequence[str]) -> list[LayerError]:
-        """Return one entry per kind: those of `first` in that order, then the others by name."""
+        """Returns one entry per kind: those of `first` in that order, then the others by name."""
         kinds = [kind for kind in first if kind in self.sums]
         kinds += sorted(set(self.sums) - set(kinds))
         return [
@@ -97,7 +97,7 @@ def _relative_rmse(sums: _Sums) -> float:
 
 
 def kind(name: str) -> str:
-    """Return a module's name within its block, or its last component outside the blocks."""
+    """Returns a module's name within its block, or its last component outside the blocks."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else parts[-1]

@@ -56,7 +56,7 @@ class Entry:
 
 
 def find(directory: Path) -> list[Path]:
-    """Return the weight files of a checkpoint, in order.
+    """Returns the weight files of a checkpoint, in order.
 
     FileNotFoundError names what is missing: every file, or one that the index lists. ValueError for
     a damaged index.
@@ -96,7 +96,7 @@ class Shard:
                 self.metadata = self._file.metadata() or {}
 
     def entries(self) -> dict[str, Entry]:
-        """Return what the file holds, by name, without reading the data."""
+        """Returns what the file holds, by name, without reading the data."""
         file = str(self.path)
         if self.path.suffix != ".safetensors":
             with self._damage_named():
@@ -113,7 +113,7 @@ class Shard:
         }
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor whose data stays in the file's pages, where the format lets it."""
+        """Returns a tensor whose data stays in the file's pages, where the format lets it."""
         if self.path.suffix == ".safetensors":
             tensor: Tensor = self._file.get_tensor(name)
             return tensor
@@ -142,7 +142,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def plan(entries: Mapping[str, Entry], max_shard_size: int) -> list[list[str]]:
-    """Deal the tensors, in order, to shards of at most `max_shard_size` bytes where that can be."""
+    """Deals the tensors, in order, to shards of at most `max_shard_size` bytes where possible."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -208,7 +208,7 @@ class Writer:
             self._places[name] = (path, start + offset, entries[name])
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one of the tensors announced. ValueError if it is not as announced."""
+        """Writes one of the tensors announced. ValueError if it is not as announced."""
         path, offset, entry = self._places[name]
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             raise ValueError(
@@ -248,7 +248,7 @@ def _itemsize(entry: Entry) -> int:
 
 
 def parse_size(size: int | str) -> int:
-    """Return a number of bytes from an int or a text such as "500MB" or "5GB"."""
+    """Returns a number of bytes from an int or a text such as "500MB" or "5GB"."""
     if isinstance(size, int):
         found = size
     else:

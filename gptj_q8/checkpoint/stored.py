@@ -14,7 +14,7 @@ _CODEBOOK_SHAPE = (256,)
 
 
 def guard(first: str) -> tuple[str, torch.Tensor]:
-    """Return the name and value of a tensor to store beside the 8-bit weights.
+    """Returns the name and value of a tensor to store beside the 8-bit weights.
 
     Without gptj_q8, Transformers would warn and go on with random weights. An empty tensor under
     the float weight's name makes it raise, for a size mismatch. first: the model's first 8-bit
@@ -24,7 +24,7 @@ def guard(first: str) -> tuple[str, torch.Tensor]:
 
 
 def entries(files: Iterable[str | os.PathLike[str]]) -> dict[str, Entry]:
-    """Return what the files hold, by tensor name.
+    """Returns what the files hold, by tensor name.
 
     ValueError, naming the file, for a damaged one and for one of a newer format.
     """
@@ -38,7 +38,7 @@ def entries(files: Iterable[str | os.PathLike[str]]) -> dict[str, Entry]:
 
 
 def quantized_names(entries: Mapping[str, Entry]) -> list[str]:
-    """Return the names of the modules whose 8-bit weights the checkpoint holds."""
+    """Returns the names of the modules whose 8-bit weights the checkpoint holds."""
     return [name.removesuffix(".codes") for name in entries if name.endswith(".codes")]
 
 
@@ -83,7 +83,7 @@ def check_shape(entries: Mapping[str, Entry], name: str, shape: torch.Size) -> N
 
 
 def base_name(module: str, prefix: str, own_name: str, entries: Mapping[str, Entry]) -> str | None:
-    """Return the name under which the checkpoint holds `own_name` of `module`, None if it does not.
+    """Returns the checkpoint's name for `own_name` of `module`, None if it does not hold it.
 
     prefix: the attribute that holds the body of a model with a head. A checkpoint of the body alone
     lacks it, and so does a model that is the body.

@@ -63,5 +63,5 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Runs the command line."""
     app(prog_name="gptj-q8")

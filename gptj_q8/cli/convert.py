@@ -111,7 +111,7 @@ def convert_command(
 
 
 def say_report(screen: Screen, report: ConversionReport) -> None:
-    """Print the sizes before and after, and the error of each kind of layer."""
+    """Prints the sizes before and after, and the error of each kind of layer."""
     share = report.bytes_after / report.bytes_before
     screen.say(
         f"{bytes_text(report.bytes_before)} before, {bytes_text(report.bytes_after)} after "

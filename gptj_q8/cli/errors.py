@@ -27,7 +27,7 @@ class Settings:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command so that expected errors end it with exit code 1 and Ctrl-C with 130."""
+    """Wraps a command so that expected errors end it with exit code 1 and Ctrl-C with 130."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

@@ -62,7 +62,7 @@ def device(name: str) -> torch.device:
 
 
 def model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
-    """Load a model, original or 8-bit, ready to run."""
+    """Loads a model, original or 8-bit, ready to run."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +94,7 @@ def tokenizer(*names: str) -> PreTrainedTokenizerBase:
 
 
 def text(name: str) -> str:
-    """Read a UTF-8 text: a file, plain or compressed, `-` for stdin, or the demo's."""
+    """Reads a UTF-8 text: a file, plain or compressed, `-` for stdin, or the demo's."""
     if name == "-":
         content = sys.stdin.buffer.read()
     elif name == DEMO and not Path(name).is_file():
@@ -123,7 +123,7 @@ def token_ids(tokens: PreTrainedTokenizerBase, content: str, limit: int | None) 
 
 
 def quieten() -> None:
-    """Leave libraries their errors only; their bars and hints would tear the screen."""
+    """Leaves libraries their errors only; their bars and hints would tear the screen."""
     # Transformers imports torchao where it is installed, which tells of each GPU library that it
     # cannot load, and makes PyTorch warn of its enums. huggingface_hub tells of every retry.
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):

@@ -33,31 +33,31 @@ class Screen:
         self._err = Console(stderr=True, highlight=False)
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Print a line of the result, unless the result is JSON."""
+        """Prints a line of the result, unless the result is JSON."""
         if not self.as_json:
             self._out.print(escape(text), style=style, soft_wrap=True)
 
     def prose(self, text: str) -> None:
-        """Print a paragraph of the result, its lines broken between words."""
+        """Prints a paragraph of the result, its lines broken between words."""
         if not self.as_json:
             self._out.print(escape(text), width=min(100, self._out.width))
 
     def heading(self, text: str) -> None:
-        """Print the title of a part, set off by an empty line above and below."""
+        """Prints the title of a part, set off by an empty line above and below."""
         self.say(f"\n{text}\n", style="bold")
 
     def stream(self, text: str) -> None:
-        """Print a piece of a line at once and as it is, unless the result is JSON."""
+        """Prints a piece of a line at once and as it is, unless the result is JSON."""
         if not self.as_json:
             self._stdout.write(text)
             self._stdout.flush()
 
     def note(self, text: str) -> None:
-        """Print a remark that is no part of the result."""
+        """Prints a remark that is no part of the result."""
         self._err.print(escape(text), style="dim", soft_wrap=True)
 
     def table(self, head: Row, rows: Sequence[Row], *, text_columns: int = 1) -> None:
-        """Print a table: the first columns to the left, figures to the right."""
+        """Prints a table: the first columns to the left, figures to the right."""
         if self.as_json:
             return
         pretty = self._out.is_terminal
@@ -77,19 +77,19 @@ class Screen:
         self._out.print(table, width=None if pretty else 1000)
 
     def result(self, value: dict[str, Any]) -> None:
-        """Print the JSON object, where that was asked for."""
+        """Prints the JSON object, where that was asked for."""
         if self.as_json:
             self._stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show that something of unknown length is under way."""
+        """Shows that something of unknown length is under way."""
         with self._err.status(text) if self._err.is_terminal else nullcontext():
             yield
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        """Show a bar, moved by calling what is yielded with (done, total)."""
+        """Shows a bar, moved by calling what is yielded with (done, total)."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         hidden = not self._err.is_terminal
         with Progress(*columns, console=self._err, transient=True, disable=hidden) as bar:
@@ -99,7 +99,7 @@ class Screen:
 
 @contextmanager
 def open_screen(as_json: bool) -> Iterator[Screen]:
-    """Give a command its screen; under `--json` whatever else is printed goes to stderr."""
+    """Gives a command its screen; under `--json` whatever else is printed goes to stderr."""
     screen = Screen(sys.stdout, as_json)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield screen
