@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptj_q8 import backends
+
+if backends.load("triton").interpreted():
+    import interpreter
+
+    interpreter.repair()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device the tests put their tensors on")

@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a stranger meets first
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "convert", "generate", "evaluate", "tune"])
 def test_help_tells_of_every_command(command: str) -> None:
     assert command in run("--help").stdout
     result = run(command, "--help")
@@ -212,3 +212,9 @@ def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
     )
     assert out.stdout == "x"
     assert out.stderr == ""
+
+
+def test_tune_without_a_gpu_says_what_is_missing() -> None:
+    result = run("tune", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "tune needs a GPU" in result.stderr

@@ -17,7 +17,7 @@ from typing import Any
 
 from gptj_q8.backends import cpu_table, cuda_table
 
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "triton", "slabs", "reference")
 """Every backend there is."""
 
 _TABLES = {"cpu": cpu_table, "cuda": cuda_table}
@@ -64,6 +64,11 @@ def serving(op: str, device_type: str, args: Sequence[Any] = ()) -> str:
         if not hasattr(load(_forced), op):
             raise NotImplementedError(f"{op}: the backend {_forced} lacks it")
         return _forced
+    return preferred(op, device_type, args)
+
+
+def preferred(op: str, device_type: str, args: Sequence[Any] = ()) -> str:
+    """The name of the backend that the device's table chooses, whatever `use` forces."""
     table = _TABLES.get(device_type)
     for name in table.preference(op, args) if table else ():
         if unavailable(name) is None and hasattr(load(name), op):

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+# Up to so many rows of x a product decodes w inside, above it decodes slabs for cuBLAS first, for
+# each family of GPUs in the tables of the Triton backend.
+#
+# Estimates, not yet measured. Time for each weight, with the lookups for each clock that
+# `python -m benchmarks.triton_budget` finds, the clocks and bandwidths of A100 and H100, and 70 %
+# of their peak for a large product:
+#   fused, H100: 0.5 ps to decode for every 128 rows; slabs: 1.0 ps to read codes, write and read
+#   16-bit weights (read again from L2) + 2 M / 700e12. Equal at 512 to 1024 rows, if the fused
+#   kernel hid all else. A100, in tiles of 64 rows: equal near 512. Half of that is taken.
+# Blackwell's product is faster and our decoding is not. T4's tensor cores have no fused kernel:
+# only the few-rows kernel, which uses none, serves there.
+FUSED_ROWS = {
+    "linear": {"sm75": 4, "sm80": 256, "sm86": 256, "sm90": 256, "sm100": 128},
+    "linear_grad_input": {"sm75": 0, "sm80": 256, "sm86": 256, "sm90": 256, "sm100": 64},
+}
+# PyTorch multiplies 16-bit tensors into float32 only with cuBLAS.
+AMD_FUSED_ROWS = 1 << 62
 
 
 def preference(op: str, args: Sequence[Any]) -> tuple[str, ...]:
     """Backends for `op` in order of preference, before `reference`."""
-    return ()
+    if op not in FUSED_ROWS or not args:
+        return ("triton",)
+    x = args[0]
+    if x.dtype == torch.float32:  # cuBLAS may multiply it in TF32
+        return ("triton",)
+    rows = x.numel() // x.shape[-1]
+    fused = rows <= FUSED_ROWS[op].get(_family(x.device), AMD_FUSED_ROWS)
+    return ("triton", "slabs") if fused else ("slabs", "triton")
+
+
+@functools.cache
+def _family(device: torch.device) -> str:
+    """As `family_of` in the Triton backend's tables, which may be missing."""
+    if torch.version.hip:
+        return "amd"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm80" if minor == 0 else "sm86"
+    return {7: "sm75", 9: "sm90", 10: "sm100"}.get(major, "sm86")

@@ -11,6 +11,7 @@ from gptj_q8.cli.demo import demo_command
 from gptj_q8.cli.errors import Settings, guarded
 from gptj_q8.cli.evaluate import evaluate_command
 from gptj_q8.cli.generate import generate_command
+from gptj_q8.cli.tune import tune_command
 
 app = typer.Typer(
     name="gptj-q8",
@@ -24,6 +25,7 @@ app.command("demo")(guarded(demo_command))
 app.command("convert")(guarded(convert_command))
 app.command("generate")(guarded(generate_command))
 app.command("evaluate")(guarded(evaluate_command))
+app.command("tune")(guarded(tune_command))
 
 
 def _show_version(asked: bool) -> None:
