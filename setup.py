@@ -29,11 +29,13 @@ TORCH_TARGET = "0x020a000000000000"
 # Flags of the files named *_<isa>.cpp: only these may contain the instructions of that set.
 # isa.cpp chooses among the sets at run time. A new set is a line here and one in isa.cpp.
 X86 = ("x86_64", "amd64")
+ARM = ("aarch64", "arm64")
+_AVX512BW = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 INSTRUCTION_SETS = {
-    "avx512": (
-        X86,
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mfma",
-    ),
+    "avx512": (X86, f"{_AVX512BW} -mavx512vbmi -mavx512bf16"),
+    "avx512bw": (X86, _AVX512BW),
+    "avx2": (X86, "-mavx2 -mfma -mf16c"),
+    "neon": (ARM, ""),
 }
 
 # No -ffast-math, and no contraction of a * b + c: codes are the same, bit for bit, everywhere.

@@ -1,4 +1,6 @@
 #define Q8_ISA portable
-#include "primitives_portable.h"
+#include "lanes_portable.h"
+
+#include "primitives_lanes.h"
 
 #include "dequantize.h"

@@ -7,7 +7,7 @@
 
 #include "primitives_avx512.h"
 
-namespace gptj_q8::avx512 {
+namespace gptj_q8::Q8_ISA {
 
 struct Encoder {
   __m512 small[5];  // levels 0 to 4, unused entries 0
@@ -65,4 +65,4 @@ struct Encoder {
   }
 };
 
-}  // namespace gptj_q8::avx512
+}  // namespace gptj_q8::Q8_ISA

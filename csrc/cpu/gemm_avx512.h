@@ -13,7 +13,7 @@
 #include "primitives_avx512.h"
 #include "scratch.h"
 
-namespace gptj_q8::avx512 {
+namespace gptj_q8::Q8_ISA {
 
 constexpr int kColumns = 64;
 constexpr int kSteps = 512;
@@ -33,6 +33,7 @@ struct FloatPanel {
   }
 };
 
+#if defined(__AVX512BF16__)
 struct Bf16Panel {
   using A = bf16;
   static constexpr int kWidth = 2;
@@ -54,6 +55,14 @@ struct Bf16Panel {
     return _mm512_permutexvar_epi16(order, halves);
   }
 };
+
+// Pairs of bfloat16 for bfloat16, float32 for the others.
+template <class T>
+using PanelOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Panel, FloatPanel>;
+#else
+template <class T>
+using PanelOf = FloatPanel;
+#endif
 
 // The reduction elements of one panel.
 template <class P>
@@ -126,12 +135,11 @@ void multiply(const Pool& pool, const typename P::A* a, int64_t rows, int64_t de
   parallel(pool, ceil_div(cols, kColumns), 1, run_panels);
 }
 
-// multiply() for `a` of type T: picks the panel type (pairs of bfloat16 for bfloat16, float32
-// for the others) and converts or pads `a` where its own memory will not do.
+// multiply() for `a` of type T: converts or pads `a` where its own memory will not do.
 template <class T, class MakeFill>
 void multiply_any(const Pool& pool, const T* a, int64_t rows, int64_t depth, int64_t cols,
                   const MakeFill& make_fill, const float* bias, T* out) {
-  using P = std::conditional_t<std::is_same_v<T, bf16>, Bf16Panel, FloatPanel>;
+  using P = PanelOf<T>;
   using A = typename P::A;
   const int64_t padded = ceil_div(depth, P::kWidth) * P::kWidth;
   const bool direct = std::is_same_v<T, A> && padded == depth;
@@ -156,4 +164,4 @@ void multiply_any(const Pool& pool, const T* a, int64_t rows, int64_t depth, int
   }
 }
 
-}  // namespace gptj_q8::avx512
+}  // namespace gptj_q8::Q8_ISA

@@ -12,7 +12,7 @@
 #include "primitives_avx512.h"
 #include "scratch.h"
 
-namespace gptj_q8::avx512 {
+namespace gptj_q8::Q8_ISA {
 
 template <bool Full>
 Q8_INLINE __m512i load_codes(const uint8_t* codes, __mmask64 mask) {
@@ -20,6 +20,7 @@ Q8_INLINE __m512i load_codes(const uint8_t* codes, __mmask64 mask) {
   return _mm512_maskz_loadu_epi8(mask, codes);
 }
 
+#if defined(__AVX512BF16__)
 // How 64 values of x meet 64 levels: bfloat16.
 template <bool Wide>
 struct Bf16Product {
@@ -50,7 +51,7 @@ struct Bf16Product {
   // sums[m] += levels of the codes . x[m]
   template <int M>
   Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
-    codes = reorder(kOrder16, codes);
+    codes = order16(codes);
     add<M>(nearest, codes, x, sums);
     if constexpr (Wide) add<M>(rest, codes, x, sums);
   }
@@ -69,6 +70,8 @@ struct Bf16Product {
     }
   }
 };
+
+#endif
 
 // How 64 values of x meet 64 levels: float32.
 template <bool Wide>
@@ -96,7 +99,7 @@ struct FloatProduct {
   template <int M>
   Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
     __m512 levels[4];
-    table.decode<Wide>(reorder(kOrder32, codes), levels);
+    table.decode<Wide>(order32(codes), levels);
     for (int q = 0; q < 4; ++q) {
       for (int m = 0; m < M; ++m) {
         sums[m] = _mm512_fmadd_ps(levels[q], x[m].quarter[q], sums[m]);
@@ -104,6 +107,15 @@ struct FloatProduct {
     }
   }
 };
+
+#if defined(__AVX512BF16__)
+template <class T, bool Wide>
+using ProductOf =
+    std::conditional_t<std::is_same_v<T, bf16>, Bf16Product<Wide>, FloatProduct<Wide>>;
+#else
+template <class T, bool Wide>
+using ProductOf = FloatProduct<Wide>;
+#endif
 
 // sums[r][m] = x[m] . W[n + r] for R rows of W whose blocks end at the same columns.
 template <int R, int M, class Product>
@@ -193,4 +205,4 @@ void linear_few(const Pool& pool, const typename Product::X* x, int64_t rows, co
   parallel(pool, w.rows, 1 + 65536 / w.cols, run_rows);
 }
 
-}  // namespace gptj_q8::avx512
+}  // namespace gptj_q8::Q8_ISA

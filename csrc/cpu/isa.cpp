@@ -17,12 +17,21 @@ bool always() {
 }
 
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
-#if defined(Q8_HAVE_AVX512)
-bool has_avx512() {
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+[[maybe_unused]] bool has_avx512bw() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return has_avx512bw() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512bf16");
 }
 #endif
 
@@ -35,6 +44,15 @@ struct Isa {
 const Isa kIsas[] = {
 #if defined(Q8_HAVE_AVX512)
     {Q8_KERNELS(avx512), has_avx512},
+#endif
+#if defined(Q8_HAVE_AVX512BW)
+    {Q8_KERNELS(avx512bw), has_avx512bw},
+#endif
+#if defined(Q8_HAVE_AVX2)
+    {Q8_KERNELS(avx2), has_avx2},
+#endif
+#if defined(Q8_HAVE_NEON)
+    {Q8_KERNELS(neon), always},
 #endif
     {Q8_KERNELS(portable), always},
 };

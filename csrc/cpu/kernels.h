@@ -128,6 +128,9 @@ struct Kernels {
   }
 
 Q8_DECLARE_KERNELS(portable)
+Q8_DECLARE_KERNELS(neon)
+Q8_DECLARE_KERNELS(avx2)
+Q8_DECLARE_KERNELS(avx512bw)
 Q8_DECLARE_KERNELS(avx512)
 
 }  // namespace gptj_q8

@@ -1,48 +1,15 @@
-// Building blocks for AVX-512 with VBMI and BF16. Only files compiled with those flags include it.
-//
-// Decoding looks 64 codes up at once in tables that live in registers: a table of 256 bytes is
-// four zmm registers, vpermi2b reads two of them with the low seven bits of a code, and the
-// code's top bit chooses between the two results. A 16-bit level is two such byte tables.
+// Building blocks for AVX-512, with or without VBMI and BF16: registers_avx512.h or
+// registers_avx512bw.h, included first, says how 64 codes are looked up in tables that live in
+// registers.
 // Encoding is a binary search over the 255 midpoints, eight steps, the midpoints that a step may
 // need sitting in registers too (vpermi2ps): no gathers.
 #pragma once
-
-// GCC 12 and older warn of the undefined source operands inside their own header.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 #include <type_traits>
 
 #include "kernels.h"
 
-namespace gptj_q8::avx512 {
-
-// 256 16-bit entries as two tables of bytes, each in four registers.
-struct Table {
-  __m512i low[4], high[4];
-
-  // entry(codebook[i]) gives the 16 bits of level i.
-  template <class F>
-  Q8_INLINE Table(const float* codebook, F entry) {
-    alignas(64) uint8_t bytes[2][kLevels];
-    for (int i = 0; i < kLevels; ++i) {
-      const uint32_t bits = entry(codebook[i]);
-      bytes[0][i] = static_cast<uint8_t>(bits);
-      bytes[1][i] = static_cast<uint8_t>(bits >> 8);
-    }
-    for (int i = 0; i < 4; ++i) {
-      low[i] = _mm512_load_si512(bytes[0] + 64 * i);
-      high[i] = _mm512_load_si512(bytes[1] + 64 * i);
-    }
-  }
-};
+namespace gptj_q8::Q8_ISA {
 
 Q8_INLINE uint32_t upper_half(float level) {
   return bits_of(level) >> 16;
@@ -67,41 +34,6 @@ Q8_INLINE bool bf16_exact(const float* codebook) {
   return rest == 0;
 }
 
-Q8_INLINE __m512i lookup(const __m512i (&bytes)[4], __m512i codes, __mmask64 top) {
-  const __m512i below = _mm512_permutex2var_epi8(bytes[0], codes, bytes[1]);
-  const __m512i above = _mm512_permutex2var_epi8(bytes[2], codes, bytes[3]);
-  return _mm512_mask_blend_epi8(top, below, above);
-}
-
-// The 16-bit levels of 64 codes. Bytes 0-7 of each 128-bit lane of codes go to that lane of
-// `first`, bytes 8-15 to that lane of `second`.
-Q8_INLINE void decode64(const Table& table, __m512i codes, __m512i* first, __m512i* second) {
-  const __mmask64 top = _mm512_movepi8_mask(codes);
-  const __m512i low = lookup(table.low, codes, top);
-  const __m512i high = lookup(table.high, codes, top);
-  *first = _mm512_unpacklo_epi8(low, high);
-  *second = _mm512_unpackhi_epi8(low, high);
-}
-
-// Byte order that makes decode64 give entries 0-31 in `first` and 32-63 in `second`.
-alignas(64) constexpr uint8_t kOrder16[64] = {
-    0,  1,  2,  3,  4,  5,  6,  7,  32, 33, 34, 35, 36, 37, 38, 39,  //
-    8,  9,  10, 11, 12, 13, 14, 15, 40, 41, 42, 43, 44, 45, 46, 47,  //
-    16, 17, 18, 19, 20, 21, 22, 23, 48, 49, 50, 51, 52, 53, 54, 55,  //
-    24, 25, 26, 27, 28, 29, 30, 31, 56, 57, 58, 59, 60, 61, 62, 63};
-
-// Byte order after which the even 16-bit entries of `first` are levels 0-15, its odd ones levels
-// 16-31, and likewise for `second`: the order that widening to float32 by shifts wants.
-alignas(64) constexpr uint8_t kOrder32[64] = {
-    0,  16, 1,  17, 2,  18, 3,  19, 32, 48, 33, 49, 34, 50, 35, 51,  //
-    4,  20, 5,  21, 6,  22, 7,  23, 36, 52, 37, 53, 38, 54, 39, 55,  //
-    8,  24, 9,  25, 10, 26, 11, 27, 40, 56, 41, 57, 42, 58, 43, 59,  //
-    12, 28, 13, 29, 14, 30, 15, 31, 44, 60, 45, 61, 46, 62, 47, 63};
-
-Q8_INLINE __m512i reorder(const uint8_t (&order)[64], __m512i codes) {
-  return _mm512_permutexvar_epi8(_mm512_load_si512(order), codes);
-}
-
 // Even and odd 16-bit halves of each pair as float32, exact: `upper` the top halves of the
 // float32 bits, `lower` the bottom halves (ignored unless Wide).
 template <bool Wide>
@@ -123,7 +55,7 @@ struct FloatTable {
   Q8_INLINE explicit FloatTable(const float* codebook)
       : upper(codebook, upper_half), lower(codebook, lower_half) {}
 
-  // Levels 0-15, 16-31, 32-47 and 48-63 of 64 codes that are in kOrder32. Wide = false, if
+  // Levels 0-15, 16-31, 32-47 and 48-63 of 64 codes that are in order32. Wide = false, if
   // bfloat16 holds every level, leaves out the lower halves.
   template <bool Wide>
   Q8_INLINE void decode(__m512i codes, __m512 (&levels)[4]) const {
@@ -206,7 +138,7 @@ struct Decoder {
     for (int64_t i = 0; i < n; i += 64) {
       __m512 levels[4];
       const __m512i run = _mm512_maskz_loadu_epi8(first64(n - i), codes + i);
-      local.decode<Wide>(reorder(kOrder32, run), levels);
+      local.decode<Wide>(order32(run), levels);
       for (int q = 0; q < 4; ++q) {
         store16(out + i + 16 * q, first16(n - i - 16 * q), _mm512_mul_ps(levels[q], scales));
       }
@@ -247,4 +179,4 @@ void histogram_bins(const T* weight, int64_t n, float absmax, int64_t bins, int3
   }
 }
 
-}  // namespace gptj_q8::avx512
+}  // namespace gptj_q8::Q8_ISA

@@ -1,4 +1,6 @@
 #define Q8_ISA avx512
+#include "registers_avx512.h"
+
 #include "encoder_avx512.h"
 
 #include "quantize.h"

@@ -1,0 +1,4 @@
+#define Q8_ISA neon
+#include "lanes_neon.h"
+
+#include "linear_lanes.h"
