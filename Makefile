@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test lint format bench gpu clean
+.PHONY: venv demo test test-arm lint format bench gpu clean
 
 venv: $(BUILT)
 
@@ -23,6 +23,10 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+# The CPU kernels on arm64, and on x86-64 without AVX, under QEMU; says what is missing for that.
+test-arm: venv
+	$(BIN)/python -m pytest tests/test_emulated.py --slow -rs
 
 lint: venv
 	$(BIN)/ruff check .

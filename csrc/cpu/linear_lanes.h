@@ -3,9 +3,10 @@
 // x, y [M, K], [M, N] in one of float32, bfloat16, float16; codes [N, K]; blocks run on across
 // rows. The host has checked that all arrays have these sizes. One piece of work owns whole rows
 // of W. A strip of rows of W, kDepth columns of each, is decoded to float32 in a cache, and all
-// rows of x go past it, 4 rows of x and 3 of W at a time, sums along the registers.
+// rows of x go past it, 4 rows of x and 3 of W at a time, sums along the registers. Few rows of x
+// meet the levels in registers instead, and the scale of a block meets its sum.
 // Why this shape: x and W both lie along K as the products want them, so nothing is transposed;
-// 12 sums take 7 loads; at M = 1 a strip is 3 rows and never leaves the L1 cache.
+// 12 sums take 7 loads. For few rows a store and a load of each level would cost a third more.
 #pragma once
 
 #include "primitives_lanes.h"
@@ -18,6 +19,43 @@ namespace {
 constexpr int64_t kDepth = 1024;
 constexpr int64_t kRowsPerPass = 256;  // rows of x held as float32: 16 MB at K = 16384
 constexpr int kTileX = 4, kTileW = 3;
+constexpr int kFewRows = 4;  // estimate: 8 sums, what the registers hold beside levels
+
+// sums[i] = x[i] . W[n], M rows of x.
+template <int M>
+Q8_INLINE void dot_row(const Weight& w, int64_t n, const float* x, int64_t stride,
+                       float (&sums)[M]) {
+  constexpr int kApart = 2;  // sums of each row of x that do not wait for each other
+  Lanes total[M];
+  float rest[M] = {};
+  for (Lanes& each : total) each = fill(0.0f);
+  for (int64_t k = 0; k < w.cols;) {
+    const int64_t flat = n * w.cols + k;
+    const int64_t stop = min_of(w.cols, k + block_end(flat, w.block_shift) - flat);
+    const float scale = w.absmax[block_of(flat, w.block_shift)];
+    const uint8_t* codes = w.codes + n * w.cols;
+    Lanes block[kApart][M];
+    for (auto& row : block) {
+      for (Lanes& each : row) each = fill(0.0f);
+    }
+    for (; k + kApart * kLanes <= stop; k += kApart * kLanes) {
+      for (int j = 0; j < kApart; ++j) {
+        const Lanes levels = lookup(w.codebook, codes + k + j * kLanes);
+        for (int i = 0; i < M; ++i) {
+          block[j][i] = multiply_add(levels, load(x + i * stride + k + j * kLanes), block[j][i]);
+        }
+      }
+    }
+    for (int i = 0; i < M; ++i) {
+      total[i] = multiply_add(block[0][i] + block[1][i], fill(scale), total[i]);
+    }
+    for (; k < stop; ++k) {
+      const float level = w.codebook[codes[k]] * scale;
+      for (int i = 0; i < M; ++i) rest[i] += level * x[i * stride + k];
+    }
+  }
+  for (int i = 0; i < M; ++i) sums[i] = sum(total[i]) + rest[i];
+}
 
 // c[i, j] += x[i] . w[j] over `depth` values, a multiple of kLanes. X rows of x, W rows of w.
 template <int X, int W>
@@ -58,12 +96,31 @@ void multiply_strip(const float* x, int64_t x_stride, int64_t rows, const float*
   }
 }
 
+template <int M, class T>
+void linear_few(const Pool& pool, const float* x, int64_t stride, const Weight& w,
+                const float* bias, T* y) {
+  auto run_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float sums[M];
+      dot_row<M>(w, n, x, stride, sums);
+      for (int i = 0; i < M; ++i) {
+        from_float(bias ? sums[i] + bias[n] : sums[i], &y[i * w.rows + n]);
+      }
+    }
+  };
+  parallel(pool, w.rows, 1 + 16384 / w.cols, run_rows);
+}
+
 // `rows` rows of x, float32 and readable to `stride`, a multiple of kLanes; zeros past K.
 template <class T>
 void linear_pass(const Pool& pool, const float* x, int64_t stride, int64_t rows, const Weight& w,
                  const float* bias, T* y) {
-  // More rows of x are worth a larger strip, which they read from the L2 cache fewer times.
-  const int64_t strip = rows < 2 * kTileX ? kTileW : 16 * kTileW;
+  if (rows <= kFewRows) {
+    return with_count<kFewRows>(
+        rows, [&](auto m) { linear_few<decltype(m)::value>(pool, x, stride, w, bias, y); });
+  }
+  // Rows of x read from the L2 cache are worth a larger strip, read fewer times.
+  const int64_t strip = 16 * kTileW;
   auto run_rows = [&](int64_t begin, int64_t end) {
     const Decoder decoder(w.codebook);
     Scratch<float> decoded(strip * kDepth);
