@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm lint format bench gpu clean
+.PHONY: venv demo test test-arm lint format bench bench-cpu gpu clean
 
 venv: $(BUILT)
 
@@ -41,6 +41,10 @@ format: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks.bench_linear
+
+# Every shape and M, beside PyTorch and the peers: tables, and JSON and a figure in out/.
+bench-cpu: venv
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # For a machine with a GPU and its Python packages but no network: uses that Python, not .venv.
 gpu:

@@ -49,13 +49,17 @@ TIMES_TORCH = 2.0
 PEER_BOUND = 0.02
 
 
-def main(argv: list[str]) -> int:
-    made = parser("benchmarks.bench_linear", __doc__)
+def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    made = parser(module, doc)
     made.add_argument("--op", nargs="+", choices=OPS, default=["linear"])
     made.add_argument("--shapes", nargs="+", choices=SHAPES)
     made.add_argument("--m", nargs="+", type=int, help=f"tokens; {M_SHORT} unless given")
     add_system_options(made)
-    options = made.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options = make_parser("benchmarks.bench_linear", __doc__).parse_args(argv)
     bench = make_bench("benchmarks.bench_linear", options, argv)
     default = TINY if options.tiny else GPTJ
     shapes = [SHAPES[name] for name in options.shapes] if options.shapes else default

@@ -1,7 +1,8 @@
 """The CPU kernels on CPUs that this machine is not: arm64, and x86-64 without AVX, under QEMU.
 
-Slow, for QEMU: `make test-arm` runs them. It installs nothing; on Debian `apt-get install g++-aarch64-linux-gnu qemu-user`
-provides both tools. The cases are those of cpu_driver.cpp, which the sanitizers run too.
+Slow, for QEMU: `make test-arm` runs them. It installs nothing; on Debian both tools come from
+`apt-get install g++-aarch64-linux-gnu qemu-user`. The cases are those of cpu_driver.cpp, which the
+sanitizers run too.
 """
 
 from __future__ import annotations
