@@ -84,7 +84,10 @@ def linear(
     x is float32, bfloat16 or float16, and so is y; bias is any of these and is added in float32
     before the one rounding. Has gradients for x and bias. Autocast casts x and bias only.
     """
-    y: Tensor = torch.ops.gptj_q8.linear.default(x, codes, absmax, codebook, bias, block_size)
+    run: Callable[..., Any] = torch.ops.gptj_q8.linear.default
+    if _unwatched(x, absmax) and not (bias is not None and _needs_gradient(bias)):
+        run = _linear_kernel
+    y: Tensor = run(x, codes, absmax, codebook, bias, block_size)
     return y
 
 
@@ -146,6 +149,31 @@ def adam_step_(
     torch.ops.gptj_q8.adam_step_.default(param, grad, *state, *numbers)
 
 
+def _unwatched(x: Tensor, absmax: Tensor) -> bool:
+    """Whether a call on the CPU would pass through PyTorch's dispatcher only to reach the kernel.
+
+    That is: no gradient, no autocast, no compiler, no tracing, no mode and no transform. Skipping
+    the dispatcher saves 7 microseconds of 18 a layer (benchmarks of 64 x 64, one thread), where
+    decoding a token takes 200.
+    """
+    return (
+        type(x) is Tensor
+        and type(absmax) is Tensor
+        and x.is_cpu
+        and not _needs_gradient(x)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 # What each op returns, uninitialized.
 
 
@@ -190,9 +218,12 @@ def _kernel(op: str) -> Callable[..., Any]:
         if differentiable and forward_ad._current_level >= 0:
             # PyTorch gives custom ops no forward derivative, and would go on with zeros.
             raise NotImplementedError(f"{op}: has no forward-mode derivative, use reverse mode")
-        if any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
-            return _nothing_to_sum(op, empty(*args), args)
-        contiguous = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+        contiguous = list(args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                if arg.numel() == 0:
+                    return _nothing_to_sum(op, empty(*args), args)
+                contiguous[i] = arg.contiguous()
         # A backend may use PyTorch's products, which autocast would round to 16 bits.
         with torch._C._DisableAutocast():
             result = backends.call(op, args[0].device.type, contiguous)
@@ -281,6 +312,7 @@ def _autocast_linear(device_type: str, key: str) -> Callable[..., Tensor]:
     return kernel
 
 
+_linear_kernel = _kernel("linear")
 _library = torch.library.Library("gptj_q8", "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)

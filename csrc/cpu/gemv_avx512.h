@@ -117,11 +117,17 @@ template <class T, bool Wide>
 using ProductOf = FloatProduct<Wide>;
 #endif
 
+// Bytes of each row to prefetch ahead. Zen 5, M = 1, bfloat16, one thread: 4096 x 4096 streams at
+// 0.48, 0.62, 0.72, 0.76, 0.74 of the read loop with 256, 1024, 2048, 4096, 8192; 4096 x 16384 at
+// 0.57, 0.65, 0.76, 0.73, 0.65 (16384, the row below: 0.68).
+constexpr int64_t kAhead = 4096;
+
 // sums[r][m] = x[m] . W[n + r] for R rows of W whose blocks end at the same columns.
 template <int R, int M, class Product>
 Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
                         const typename Product::X* x, __m512 (&sums)[R][M]) {
   const uint8_t* codes = w.codes + n * w.cols;
+  const int64_t distance = min_of(w.cols, kAhead);
   for (auto& row : sums) {
     for (__m512& sum : row) sum = _mm512_setzero_ps();
   }
@@ -138,9 +144,11 @@ Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
       for (int m = 0; m < M; ++m) {
         input[m] = Product::template load<kFull>(x + m * w.cols + k, stop - k);
       }
+      // On in this row, then in the one that its place in the next group of rows holds.
+      const int64_t ahead = k + distance < w.cols ? distance : distance + (R - 1) * w.cols;
       for (int r = 0; r < R; ++r) {
         const uint8_t* row = codes + r * w.cols + k;
-        prefetch(row, R * w.cols);  // the same columns of the next rows
+        prefetch(row, ahead);
         product.multiply_add(load_codes<kFull>(row, first64(stop - k)), input, block[r]);
       }
     };

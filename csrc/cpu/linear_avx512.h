@@ -19,25 +19,48 @@ constexpr int kGroup = 16;  // rows of W in one register of a panel
 constexpr int kChunk = 16;  // codes of each row decoded together
 
 // The scales of 16 rows times 16 columns: one vector for all columns (stride 0) where no block
-// ends inside, else one per column (stride 16).
+// ends inside, else one per column (stride 16). A row's block ends inside at most once.
 struct Scales {
   alignas(64) float values[kChunk * kGroup];
+  alignas(64) float current[kGroup];  // of the block that column `k` of each row lies in
+  int64_t ends[kGroup];               // the column that block ends before
   int stride;
 
-  // Rows n.., columns k..; rows past the end get 0, columns past it any finite scale of W.
-  Q8_INLINE void load(const Weight& w, int64_t n, int64_t k, bool aligned) {
-    const int columns = aligned ? 1 : kChunk;
-    stride = aligned ? 0 : kGroup;
-    const int64_t last = w.rows * w.cols - 1;
+  // Before the first columns of rows n...; rows past the end get 0.
+  Q8_INLINE void start(const Weight& w, int64_t n, int64_t k) {
     for (int i = 0; i < kGroup; ++i) {
-      for (int j = 0; j < columns; ++j) {
-        const int64_t flat = min_of((n + i) * w.cols + k + j, last);
-        const float scale = w.absmax[block_of(flat, w.block_shift)];
-        values[j * kGroup + i] = n + i < w.rows ? scale : 0.0f;
-      }
+      current[i] = 0.0f;
+      ends[i] = w.cols;
+      if (n + i < w.rows) set(w, n, i, k);
+    }
+  }
+
+  // Columns k...; columns past the end get any finite scale of W.
+  Q8_INLINE void load(const Weight& w, int64_t n, int64_t k) {
+    stride = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      if (ends[i] <= k && ends[i] < w.cols) set(w, n, i, k);
+      stride |= ends[i] < min_of(k + kChunk, w.cols) ? kGroup : 0;
+    }
+    const __m512 all = _mm512_load_ps(current);
+    _mm512_store_ps(values, all);
+    if (stride == 0) return;
+    for (int j = 1; j < kChunk; ++j) _mm512_store_ps(values + j * kGroup, all);
+    for (int i = 0; i < kGroup; ++i) {
+      if (ends[i] >= min_of(k + kChunk, w.cols)) continue;
+      const int64_t first = ends[i] - k;
+      set(w, n, i, ends[i]);
+      for (int64_t j = first; j < kChunk; ++j) values[j * kGroup + i] = current[i];
     }
   }
   Q8_INLINE __m512 at(int column) const { return _mm512_load_ps(values + column * stride); }
+
+ private:
+  Q8_INLINE void set(const Weight& w, int64_t n, int i, int64_t k) {
+    const int64_t flat = (n + i) * w.cols + k;
+    current[i] = w.absmax[block_of(flat, w.block_shift)];
+    ends[i] = min_of(w.cols, k + block_end(flat, w.block_shift) - flat);
+  }
 };
 
 // 16 rows, `stride` bytes apart, of 16 codes -> four registers; register v holds the pairs of
@@ -112,10 +135,11 @@ struct Fill {
       const int64_t lines = chunks / 4;
       int64_t line = 0, line_row = 0;
       int64_t scaled_to = 0;  // the scales in hand serve columns below this one
+      scales.start(w, first, begin);
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t k = begin + c * kChunk;
         if (!aligned || k >= scaled_to) {
-          scales.load(w, first, k, aligned);
+          scales.load(w, first, k);
           scaled_to = block_end(k, w.block_shift);
         }
         for (int i = 0; i < 4 && line_row < kGroup; ++i) {
