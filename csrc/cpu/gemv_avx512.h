@@ -48,24 +48,25 @@ struct Bf16Product {
     return {{_mm512_maskz_loadu_epi16(low, x), _mm512_maskz_loadu_epi16(high, x + 32)}};
   }
 
-  // sums[m] += levels of the codes . x[m]
-  template <int M>
-  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
+  // sums[0][m] += levels of the codes . x[m]; of two Parts, sums[1] takes the last 32 of 64.
+  template <int M, int Parts>
+  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[Parts][M]) const {
     codes = order16(codes);
-    add<M>(nearest, codes, x, sums);
-    if constexpr (Wide) add<M>(rest, codes, x, sums);
+    add(nearest, codes, x, sums);
+    if constexpr (Wide) add(rest, codes, x, sums);
   }
 
  private:
-  template <int M>
+  template <int M, int Parts>
   static Q8_INLINE void add(const Table& table, __m512i codes, const Input (&x)[M],
-                            __m512 (&sums)[M]) {
+                            __m512 (&sums)[Parts][M]) {
     __m512i levels[2];
     decode64(table, codes, &levels[0], &levels[1]);
     for (int h = 0; h < 2; ++h) {
       for (int m = 0; m < M; ++m) {
-        sums[m] = _mm512_dpbf16_ps(sums[m], reinterpret_cast<__m512bh>(levels[h]),
-                                   reinterpret_cast<__m512bh>(x[m].half[h]));
+        __m512& sum = sums[h % Parts][m];
+        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(levels[h]),
+                               reinterpret_cast<__m512bh>(x[m].half[h]));
       }
     }
   }
@@ -96,13 +97,14 @@ struct FloatProduct {
     return input;
   }
 
-  template <int M>
-  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[M]) const {
+  template <int M, int Parts>
+  Q8_INLINE void multiply_add(__m512i codes, const Input (&x)[M], __m512 (&sums)[Parts][M]) const {
     __m512 levels[4];
     table.decode<Wide>(order32(codes), levels);
     for (int q = 0; q < 4; ++q) {
       for (int m = 0; m < M; ++m) {
-        sums[m] = _mm512_fmadd_ps(levels[q], x[m].quarter[q], sums[m]);
+        __m512& sum = sums[q / 2 % Parts][m];
+        sum = _mm512_fmadd_ps(levels[q], x[m].quarter[q], sum);
       }
     }
   }
@@ -134,9 +136,9 @@ Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
   for (int64_t k = 0; k < w.cols;) {
     const int64_t flat = n * w.cols + k;
     const int64_t stop = min_of(w.cols, k + block_end(flat, w.block_shift) - flat);
-    __m512 block[R][M];
+    __m512 block[R][1][M];
     for (auto& row : block) {
-      for (__m512& sum : row) sum = _mm512_setzero_ps();
+      for (__m512& sum : row[0]) sum = _mm512_setzero_ps();
     }
     auto chunk = [&](auto full) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(full)::value;
@@ -158,7 +160,36 @@ Q8_INLINE void dot_rows(const Product& product, const Weight& w, int64_t n,
     for (int r = 0; r < R; ++r) {
       const float scale = w.absmax[block_of(flat + r * w.cols, w.block_shift)];
       for (int m = 0; m < M; ++m) {
-        sums[r][m] = _mm512_fmadd_ps(block[r][m], _mm512_set1_ps(scale), sums[r][m]);
+        sums[r][m] = _mm512_fmadd_ps(block[r][0][m], _mm512_set1_ps(scale), sums[r][m]);
+      }
+    }
+  }
+}
+
+// The same for blocks of 32 where rows are whole registers of 64 codes: each register is two
+// blocks.
+template <int R, int M, class Product>
+Q8_INLINE void dot_rows_of_32(const Product& product, const Weight& w, int64_t n,
+                              const typename Product::X* x, __m512 (&sums)[R][M]) {
+  for (auto& row : sums) {
+    for (__m512& sum : row) sum = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < w.cols; k += 64) {
+    typename Product::Input input[M];
+    for (int m = 0; m < M; ++m) input[m] = Product::template load<true>(x + m * w.cols + k, 64);
+    for (int r = 0; r < R; ++r) {
+      const int64_t flat = (n + r) * w.cols + k;
+      prefetch(w.codes + flat, R * w.cols);
+      __m512 block[2][M];
+      for (auto& half : block) {
+        for (__m512& sum : half) sum = _mm512_setzero_ps();
+      }
+      product.multiply_add(_mm512_loadu_si512(w.codes + flat), input, block);
+      for (int half = 0; half < 2; ++half) {
+        const __m512 scale = _mm512_set1_ps(w.absmax[flat / 32 + half]);
+        for (int m = 0; m < M; ++m) {
+          sums[r][m] = _mm512_fmadd_ps(block[half][m], scale, sums[r][m]);
+        }
       }
     }
   }
@@ -176,16 +207,18 @@ void few_pass(const Product& product, const typename Product::X* x, const Weight
     }
   };
   int64_t n = begin;
+  const bool of_32 = w.block_shift == 5 && w.cols % 64 == 0;
   if (w.cols % (int64_t{1} << w.block_shift) == 0) {
     for (; n + kGroup <= end; n += kGroup) {
       __m512 sums[kGroup][M];
-      dot_rows<kGroup, M>(product, w, n, x, sums);
+      of_32 ? dot_rows_of_32(product, w, n, x, sums) : dot_rows(product, w, n, x, sums);
       for (int r = 0; r < kGroup; ++r) finish(n + r, sums[r]);
     }
   }
   for (; n < end; ++n) {
     __m512 sums[1][M];
-    dot_rows<1, M>(product, w, n, x, sums);
+    // The same function as for a group, so that a row's bits do not depend on its place.
+    of_32 ? dot_rows_of_32(product, w, n, x, sums) : dot_rows(product, w, n, x, sums);
     finish(n, sums[0]);
   }
 }
