@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, gpu
+from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, cpu, gpu
 from benchmarks.harness import Bench, Case, Check, System, UnavailableError
 from benchmarks.machine import new_results
 from benchmarks.parts import Step, run_steps
@@ -281,6 +281,14 @@ def test_ceilings_run_dry(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     assert ceilings.main(["--device", "cpu", "--tiny", "--json", str(path)]) == 0
     assert Results.read(path).ceilings.keys() >= {"read_gb_per_s", "copy_gb_per_s"}
+
+
+def test_bench_cpu_runs_dry_and_draws(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    # 1 says that a check of ours failed; a busy machine cannot make it so.
+    assert cpu.main(["--tiny", "--json", str(path), "--systems", "gptj_q8", "torch"]) == 0
+    assert {row.dtype for row in Results.read(path).rows} == {"bfloat16", "float32"}
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_parts_go_on_past_failures(tmp_path: Path) -> None:
