@@ -42,7 +42,8 @@ INSTRUCTION_SETS = {
 # Without -fno-trapping-math GCC leaves loops that choose between two results unvectorized.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
-    f" -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    " -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
+    f" -DTORCH_TARGET_VERSION={TORCH_TARGET}"
 )
 
 
