@@ -15,7 +15,8 @@ $(BUILT): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
 	@$(BIN)/python -m pip install -q -c constraints.txt torch
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev]"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		-e ".[train,bench,dev]"
 	@touch $@
 
 demo: venv

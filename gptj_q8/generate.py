@@ -103,7 +103,8 @@ def generate(
     if positions is not None:
         if len(ids) >= positions:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, the model has room for {positions - 1}"
+                f"the prompt has {len(ids)} tokens; of the model's {positions} it may take "
+                f"{positions - 1}"
             )
         max_new_tokens = min(max_new_tokens, positions - len(ids))
     sampling: dict[str, object] = {"do_sample": False}

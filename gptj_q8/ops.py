@@ -84,10 +84,7 @@ def linear(
     x is float32, bfloat16 or float16, and so is y; bias is any of these and is added in float32
     before the one rounding. Has gradients for x and bias. Autocast casts x and bias only.
     """
-    run: Callable[..., Any] = torch.ops.gptj_q8.linear.default
-    if _unwatched(x, absmax, codebook, bias):
-        run = _linear_kernel
-    y: Tensor = run(x, codes, absmax, codebook, bias, block_size)
+    y: Tensor = torch.ops.gptj_q8.linear.default(x, codes, absmax, codebook, bias, block_size)
     return y
 
 
@@ -147,28 +144,6 @@ def adam_step_(
     state = (m_codes, m_absmax, v_codes, v_absmax, m_codebook, v_codebook)
     numbers = (lr, beta1, beta2, eps, weight_decay, step, block_size)
     torch.ops.gptj_q8.adam_step_.default(param, grad, *state, *numbers)
-
-
-def _unwatched(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a call on the CPU would pass through PyTorch's dispatcher only to reach the kernel.
-
-    That is: no gradient, no autocast, no compiler, no tracing, no mode and no transform. Skipping
-    the dispatcher saves 7 of the 18 microseconds that a layer costs beside its kernel (measured at
-    64 x 64, one thread), where a layer of GPT-J decodes in 200.
-    """
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not (
-            torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others) if t is not None)
-        )
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 # What each op returns, uninitialized.
@@ -309,7 +284,6 @@ def _autocast_linear(device_type: str, key: str) -> Callable[..., Tensor]:
     return kernel
 
 
-_linear_kernel = _kernel("linear")
 _library = torch.library.Library("gptj_q8", "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)

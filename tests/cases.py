@@ -90,9 +90,12 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def backend_ids() -> list[str]:
     """Every backend, and for `cpu` every instruction set of this machine: "cpu:avx512".
 
-    But for those that are usable and have some ops only; their tests are elsewhere.
+    But for those that have some ops only, and for `triton` where it needs a process of its own:
+    their tests are elsewhere.
     """
-    ids = [name for name in backends.NAMES if backends.unavailable(name) or is_complete(name)]
+    ids = [name for name in backends.NAMES if is_complete(name) or backends.unavailable(name)]
+    if not triton_is_interpreted() and not torch.cuda.is_available():
+        ids.remove("triton")
     if backends.unavailable("cpu") is None:
         cpu = ids.index("cpu")
         ids[cpu : cpu + 1] = [f"cpu:{isa}" for isa in backends.load("cpu").instruction_sets()]

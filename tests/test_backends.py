@@ -101,40 +101,6 @@ def test_the_reference_itself_refuses_ids_out_of_range(bad: int) -> None:
         reference.embedding(torch.tensor([bad]), *W.parts, 64, torch.float32)
 
 
-class SeenOps(TorchDispatchMode):
-    """Notes the names of the ops that pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_whoever_watches_linear_still_sees_it() -> None:
-    """`ops.linear` calls its kernel directly, but only where nobody could tell."""
-    w = random_quantized(6, 40, 32)
-    x = torch.randn(3, 40)
-    plain = ops.linear(x, *w.parts, None, 32)
-    with SeenOps() as seen:
-        y = ops.linear(x, *w.parts, None, 32)
-    assert torch.equal(y, plain)
-    assert seen.names == ["gptj_q8.linear.default"]
-    mapped = torch.vmap(lambda row: ops.linear(row, *w.parts, None, 32))(x)
-    torch.testing.assert_close(mapped, plain)
-    traced = torch.jit.trace(lambda x: ops.linear(x, *w.parts, None, 32), x)
-    assert "gptj_q8::linear" in str(traced.graph)
-    bias = torch.zeros(6, requires_grad=True)
-    assert ops.linear(x, *w.parts, bias, 32).requires_grad
-    assert ops.linear(x.clone().requires_grad_(), *w.parts, None, 32).requires_grad
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ops.linear(x, *w.parts, None, 32).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="absmax must not require a gradient"):
-        ops.linear(x, w.codes, w.absmax.clone().requires_grad_(), w.codebook, None, 32)
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers the bytes of the largest tensor that any operation returned."""
 

@@ -235,3 +235,19 @@ def test_mount_point_is_refused_at_once(source, tmp_path, monkeypatch):
 def test_bad_shard_sizes(size):
     with pytest.raises(ValueError, match="max_shard_size"):
         shards.parse_size(size)
+
+
+def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(source, copy)
+    before = contents(copy)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="holds the float model itself"):
+            convert_checkpoint(copy, copy / "." / ".." / "model", overwrite=overwrite)
+    assert contents(copy) == before
+
+
+def test_what_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere/x is no folder here and could not be"):
+        convert_checkpoint("nowhere/x", tmp_path / "target")

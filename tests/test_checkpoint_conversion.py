@@ -201,14 +201,6 @@ def test_overwriting(source, tmp_path):
     load(target)
 
 
-def test_converting_in_place(source, tmp_path):
-    """The source is mapped into memory while its successor is written."""
-    shutil.copytree(source, tmp_path / "model")
-    expected = logits(load(source, quantization_config=QUICK))
-    convert_checkpoint(tmp_path / "model", tmp_path / "model", QUICK, overwrite=True)
-    assert torch.equal(logits(load(tmp_path / "model")), expected)
-
-
 @pytest.mark.parametrize(
     ("size", "bytes_"), [(7, 7), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20B", 20)]
 )

@@ -116,7 +116,8 @@ def test_generate_from_nothing_and_with_too_much(model: Path) -> None:
     assert read_json(run("generate", model, "", "-n", 2, "--json"))["prompt_tokens"] == 1
     result = run("generate", model, "x" * POSITIONS)
     assert result.exit_code == 1
-    assert "the prompt has 64 tokens, the model has room for 63" in result.stderr
+    assert "the prompt has 64 tokens; of the model's 64 it may take 63" in result.stderr
+    assert not result.stdout, "refused before it is shown"
 
 
 def test_generate_refuses_another_models_tokenizer(model: Path, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_demo_replaces_no_other_model(model: Path) -> None:
     before = contents(model)
     result = run("demo", "--output", model)
     assert result.exit_code == 1
-    assert "is not empty; ask to overwrite it" in result.stderr
+    assert "is not empty; overwrite it (--overwrite)" in result.stderr
     assert contents(model) == before
 
 

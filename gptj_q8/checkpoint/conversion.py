@@ -55,7 +55,7 @@ def convert_checkpoint(
 
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
-    replaced. FileNotFoundError without weights or with a shard missing; ValueError for NaN or Inf,
+    replaced, never the source. FileNotFoundError without weights or with a shard missing; ValueError for NaN or Inf,
     for damaged files, for a weight that is missing or of another shape, for an entry of
     modules_to_not_convert that matches no module, and for a model that is quantized already.
     """
@@ -64,6 +64,8 @@ def convert_checkpoint(
         checks.float_dtype("convert_checkpoint", dtype)
     # Of a link, what it points to is replaced.
     target = Path(target).expanduser().resolve()
+    if Path(source).is_dir() and Path(source).resolve() == target:
+        raise FileExistsError(f"{target} holds the float model itself; choose another place")
     shard_bytes = parse_size(max_shard_size)
     with new_directory(target, overwrite) as partial:
         directory = _local(source, revision)
@@ -98,11 +100,18 @@ def _local(source: str | Path, revision: str | None) -> Path:
     if isinstance(source, Path) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
         raise FileNotFoundError(f"{source}: neither a directory nor a Hub id")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["model*.safetensors", "*.json", *_COMPANIONS]
-    directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    if not any(directory.glob("model*.safetensors")):
-        snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    try:
+        directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if not any(directory.glob("model*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{source} is no folder here and could not be fetched from the Hub: {reason}"
+        ) from error
     return directory
 
 

@@ -62,7 +62,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} is not empty; ask to overwrite it or choose another place")
+        raise FileExistsError(
+            f"{target} is not empty; overwrite it (--overwrite) or choose another place"
+        )
     if not _holds_model(target):
         raise FileExistsError(f"{target} is not empty and holds no model to overwrite")
 

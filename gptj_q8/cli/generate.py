@@ -27,7 +27,8 @@ def generate_command(
         typer.Option("--greedy", metavar="", help="Take the likeliest token each time."),
     ] = False,
     temperature: Annotated[
-        float, typer.Option(min=0.01, metavar="T", help="Below 1 safer, above 1 wilder.")
+        float,
+        typer.Option(min=0.0, metavar="T", help="Below 1 safer, above 1 wilder, 0 as --greedy."),
     ] = 0.8,
     top_p: Annotated[
         float,
@@ -71,7 +72,15 @@ def generate_command(
             seed = torch.seed() % 2**32
         torch.manual_seed(seed)
 
-        screen.stream(prompt)
+        greedy = greedy or temperature == 0
+        said = False
+
+        def say(piece: str) -> None:
+            # The prompt comes with the first word: until then it may yet be refused.
+            nonlocal said
+            screen.stream(piece if said else prompt + piece)
+            said = True
+
         made = generate(
             network,
             tokens,
@@ -79,8 +88,10 @@ def generate_command(
             max_new_tokens=max_new_tokens,
             temperature=None if greedy else temperature,
             top_p=top_p,
-            on_text=screen.stream,
+            on_text=say,
         )
+        if not said:
+            screen.stream(prompt)
         screen.say()
         speed = made.tokens_per_second
         timing = [
@@ -89,6 +100,9 @@ def generate_command(
         ]
         if not greedy:
             timing.append(f"seed {seed}")
+        context = getattr(network.config, "max_position_embeddings", None)
+        if made.new_tokens < max_new_tokens and made.prompt_tokens + made.new_tokens == context:
+            timing.append(f"the context of {context} tokens is full")
         screen.note("\n" + ", ".join(timing))
         screen.result(
             {
