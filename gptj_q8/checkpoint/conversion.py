@@ -55,9 +55,10 @@ def convert_checkpoint(
 
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
-    replaced, never the source. FileNotFoundError without weights or with a shard missing; ValueError for NaN or Inf,
-    for damaged files, for a weight that is missing or of another shape, for an entry of
-    modules_to_not_convert that matches no module, and for a model that is quantized already.
+    replaced, never the source. FileNotFoundError without weights or with a shard missing;
+    ValueError for NaN or Inf, for damaged files, for a weight that is missing or of another shape,
+    for an entry of modules_to_not_convert that matches no module, and for a model that is
+    quantized already.
     """
     config = config or Q8Config()
     if dtype is not None:
