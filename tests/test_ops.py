@@ -100,6 +100,23 @@ def test_linear(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 3, 6, 40])
+def test_linear_passes_infinities_and_nans_on(
+    m: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    # No level of these times a scale is too small for float16, where Inf times 0 would be NaN.
+    for codebook in ("gaussian", "arbitrary"):
+        w = random_quantized(16, 256, 64, codebook).to(device)
+        x = random(m, 256, dtype=dtype, device=device)
+        x[0, 3], x[-1, 70] = torch.inf, -torch.inf
+        if m > 1:
+            x[1, 5] = torch.nan
+        y, truth = ops.linear(x, *w.parts, None, 64).double(), x.double() @ w.truth.T
+        assert torch.equal(y.isnan(), truth.isnan())
+        assert torch.equal(y.isinf() * y.sign(), truth.isinf() * truth.sign())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 65, 100), (40, 33, 64)])
 def test_linear_adds_the_bias_before_the_one_rounding(

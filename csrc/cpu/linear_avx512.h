@@ -9,6 +9,8 @@
 // of columns, already in the order in which decode64 emits pairs.
 #pragma once
 
+#include <limits>
+
 #include "gemm_avx512.h"
 #include "gemv_avx512.h"
 
@@ -165,6 +167,18 @@ struct Fill {
   }
 };
 
+template <class Product, class T>
+void linear_few_of(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
+  const Weight& w = a.weight;
+  if constexpr (std::is_same_v<T, typename Product::X>) {
+    linear_few<Product>(pool, x, a.m, w, a.bias, y);
+  } else {
+    Scratch<float> values(a.m * w.cols);
+    convert(x, a.m * w.cols, values.data());
+    linear_few<Product>(pool, values.data(), a.m, w, a.bias, y);
+  }
+}
+
 template <bool Wide, class T>
 void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   using Product = ProductOf<T, Wide>;
@@ -173,13 +187,12 @@ void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
     const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>(w); };
     return multiply_any(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
   }
-  if constexpr (std::is_same_v<T, typename Product::X>) {
-    linear_few<Product>(pool, x, a.m, w, a.bias, y);
-  } else {
-    Scratch<float> values(a.m * w.cols);
-    convert(x, a.m * w.cols, values.data());
-    linear_few<Product>(pool, values.data(), a.m, w, a.bias, y);
+  if constexpr (Wide && std::is_same_v<typename Product::X, bf16>) {
+    // Levels in two parts would make NaN (Inf - Inf) of an Inf in x.
+    const bool infinite = max_abs(x, a.m * w.cols) > std::numeric_limits<float>::max();
+    if (infinite) return linear_few_of<FloatProduct<Wide>>(a, pool, x, y);
   }
+  linear_few_of<Product>(a, pool, x, y);
 }
 
 }  // namespace
