@@ -104,14 +104,17 @@ def test_linear(
 def test_linear_passes_infinities_and_nans_on(
     m: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    # No level of these times a scale is too small for float16, where Inf times 0 would be NaN.
-    for codebook in ("gaussian", "arbitrary"):
+    for codebook in tables(m):
         w = random_quantized(16, 256, 64, codebook).to(device)
         x = random(m, 256, dtype=dtype, device=device)
         x[0, 3], x[-1, 70] = torch.inf, -torch.inf
         if m > 1:
             x[1, 5] = torch.nan
-        y, truth = ops.linear(x, *w.parts, None, 64).double(), x.double() @ w.truth.T
+        # A kernel may round w to x's dtype, and what becomes 0 makes NaN of an Inf.
+        n = (w.truth[:, [3, 70]].abs() > 1e-6).all(dim=1)
+        y = ops.linear(x, *w.parts, None, 64)[:, n].double()
+        truth = x.double() @ w.truth[n].T
+        assert n.any()
         assert torch.equal(y.isnan(), truth.isnan())
         assert torch.equal(y.isinf() * y.sign(), truth.isinf() * truth.sign())
 
