@@ -242,7 +242,7 @@ def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, copy)
     before = contents(copy)
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="holds the float model itself"):
+        with pytest.raises(FileExistsError, match="is the source itself"):
             convert_checkpoint(copy, copy / "." / ".." / "model", overwrite=overwrite)
     assert contents(copy) == before
 

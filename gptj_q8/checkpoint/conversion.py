@@ -66,7 +66,7 @@ def convert_checkpoint(
     # Of a link, what it points to is replaced.
     target = Path(target).expanduser().resolve()
     if Path(source).is_dir() and Path(source).resolve() == target:
-        raise FileExistsError(f"{target} holds the float model itself; choose another place")
+        raise FileExistsError(f"{target} is the source itself; choose another place")
     shard_bytes = parse_size(max_shard_size)
     with new_directory(target, overwrite) as partial:
         directory = _local(source, revision)
@@ -109,7 +109,7 @@ def _local(source: str | Path, revision: str | None) -> Path:
         if not any(directory.glob("model*.safetensors")):
             snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (OSError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())
+        reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"{source} is no folder here and could not be fetched from the Hub: {reason}"
         ) from error
