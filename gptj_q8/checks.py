@@ -23,14 +23,14 @@ class DtypeError(TypeError):
 
 
 def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> None:
-    _dtype("quantize", "weight", weight.dtype, *FLOATS)
+    one_of_dtypes("quantize", "weight", weight.dtype, *FLOATS)
     _codebook("quantize", "codebook", codebook)
     block_size_is_valid("quantize", block_size)
     _same_device("quantize", weight=weight, codebook=codebook)
 
 
 def histogram(weight: Tensor, block_size: int, bins: int) -> None:
-    _dtype("histogram", "weight", weight.dtype, *FLOATS)
+    one_of_dtypes("histogram", "weight", weight.dtype, *FLOATS)
     block_size_is_valid("histogram", block_size)
     if not 2 <= bins <= 1 << 20 or bins & (bins - 1):
         raise ValueError(f"histogram: bins must be a power of two from 2 to {1 << 20}, got {bins}")
@@ -40,7 +40,7 @@ def dequantize(
     codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
 ) -> None:
     _quantized("dequantize", codes, absmax, codebook, block_size)
-    _dtype("dequantize", "dtype", dtype, *FLOATS)
+    one_of_dtypes("dequantize", "dtype", dtype, *FLOATS)
     _same_device("dequantize", codes=codes, absmax=absmax, codebook=codebook)
 
 
@@ -52,12 +52,12 @@ def linear(
     bias: Tensor | None,
     block_size: int,
 ) -> None:
-    _dtype("linear", "x", x.dtype, *FLOATS)
+    one_of_dtypes("linear", "x", x.dtype, *FLOATS)
     _matrix("linear", "codes", codes)
     _quantized("linear", codes, absmax, codebook, block_size)
     _last_dim("linear", "x", x, codes.shape[1], "K")
     if bias is not None:
-        _dtype("linear", "bias", bias.dtype, *FLOATS)
+        one_of_dtypes("linear", "bias", bias.dtype, *FLOATS)
         _length("linear", "bias", bias, codes.shape[0], "entries")
     _same_device("linear", x=x, codes=codes, absmax=absmax, codebook=codebook, bias=bias)
 
@@ -65,7 +65,7 @@ def linear(
 def linear_grad_input(
     dy: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
 ) -> None:
-    _dtype("linear_grad_input", "dy", dy.dtype, *FLOATS)
+    one_of_dtypes("linear_grad_input", "dy", dy.dtype, *FLOATS)
     _matrix("linear_grad_input", "codes", codes)
     _quantized("linear_grad_input", codes, absmax, codebook, block_size)
     _last_dim("linear_grad_input", "dy", dy, codes.shape[0], "N")
@@ -80,10 +80,10 @@ def embedding(
     block_size: int,
     dtype: torch.dtype,
 ) -> None:
-    _dtype("embedding", "ids", ids.dtype, torch.int64, torch.int32)
+    one_of_dtypes("embedding", "ids", ids.dtype, torch.int64, torch.int32)
     _matrix("embedding", "codes", codes)
     _quantized("embedding", codes, absmax, codebook, block_size)
-    _dtype("embedding", "dtype", dtype, *FLOATS)
+    one_of_dtypes("embedding", "dtype", dtype, *FLOATS)
     _same_device("embedding", ids=ids, codes=codes, absmax=absmax, codebook=codebook)
 
 
@@ -105,14 +105,14 @@ def adam_step_(
     block_size: int,
 ) -> None:
     op = "adam_step_"
-    _dtype(op, "param", param.dtype, *FLOATS)
-    _dtype(op, "grad", grad.dtype, *FLOATS)
+    one_of_dtypes(op, "param", param.dtype, *FLOATS)
+    one_of_dtypes(op, "grad", grad.dtype, *FLOATS)
     if grad.shape != param.shape:
         raise ValueError(f"{op}: grad must have shape {list(param.shape)}, got {list(grad.shape)}")
     block_size_is_valid(op, block_size)
     state = {"m_codes": m_codes, "m_absmax": m_absmax, "v_codes": v_codes, "v_absmax": v_absmax}
     for name in ("m_codes", "v_codes"):
-        _dtype(op, name, state[name].dtype, torch.uint8)
+        one_of_dtypes(op, name, state[name].dtype, torch.uint8)
         if state[name].numel() != param.numel():
             raise ValueError(
                 f"{op}: {name} must have {param.numel()} elements, got {state[name].numel()}"
@@ -178,30 +178,31 @@ def block_size_is_valid(op: str, block_size: int) -> None:
 
 def float_dtype(who: str, dtype: torch.dtype, name: str = "dtype") -> None:
     """TypeError unless `dtype`, called `name` in the message, is one of FLOATS."""
-    _dtype(who, name, dtype, *FLOATS)
+    one_of_dtypes(who, name, dtype, *FLOATS)
+
+
+def one_of_dtypes(op: str, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
+    """TypeError unless `dtype`, that of `name`, is one of `allowed`."""
+    if dtype not in allowed:
+        names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
+        raise DtypeError(f"{op}: {name} must be {names}, got {str(dtype).removeprefix('torch.')}")
 
 
 def _quantized(op: str, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> None:
     block_size_is_valid(op, block_size)
-    _dtype(op, "codes", codes.dtype, torch.uint8)
+    one_of_dtypes(op, "codes", codes.dtype, torch.uint8)
     _codebook(op, "codebook", codebook)
     _scales(op, "absmax", absmax, codes.numel(), block_size)
 
 
 def _codebook(op: str, name: str, codebook: Tensor) -> None:
-    _dtype(op, name, codebook.dtype, torch.float32)
+    one_of_dtypes(op, name, codebook.dtype, torch.float32)
     _length(op, name, codebook, 256, "entries")
 
 
 def _scales(op: str, name: str, absmax: Tensor, numel: int, block_size: int) -> None:
-    _dtype(op, name, absmax.dtype, torch.float32)
+    one_of_dtypes(op, name, absmax.dtype, torch.float32)
     _length(op, name, absmax, -(-numel // block_size), "blocks")
-
-
-def _dtype(op: str, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
-    if dtype not in allowed:
-        names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
-        raise DtypeError(f"{op}: {name} must be {names}, got {str(dtype).removeprefix('torch.')}")
 
 
 def _length(op: str, name: str, tensor: Tensor, length: int, unit: str) -> None:

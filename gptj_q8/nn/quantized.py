@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,14 +105,11 @@ class QuantizedWeight(nn.Module):
         super().__setstate__(state)
         self.register_parameter("codes", self._parameters["codes"])
 
-    def _parts(self) -> Iterator[Tensor]:
-        yield from (self.codes, self.absmax, self.codebook)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves like any module, but codes and scales keep their dtypes, and `dtype` follows."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         checks.float_dtype(type(self).__name__, dtype)
-        parts = list(self._parts())
+        parts = (self.codes, self.absmax, self.codebook)
 
         def keep_part_dtypes(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -164,10 +161,8 @@ def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
     without data (meta) pass.
     """
     codes, absmax, codebook = (tensors.get(prefix + part) for part in HIVEMIND_NAMES)
-    if codes is not None and codes.dtype != torch.uint8:
-        raise TypeError(
-            f"{name}: codes must be uint8, got {str(codes.dtype).removeprefix('torch.')}"
-        )
+    if codes is not None:
+        checks.one_of_dtypes(name, "codes", codes.dtype, torch.uint8)
     if absmax is not None and not absmax.is_meta:
         checks.finite(name, "absmax", absmax)
         if absmax.numel() and absmax.min() < 0:
