@@ -33,12 +33,12 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(shell find tests -name "*.cpp" -o -name "*.h")
 
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) tests/*.cpp
+	$(BIN)/clang-format -i $(SOURCES) $(shell find tests -name "*.cpp" -o -name "*.h")
 
 bench: venv
 	$(BIN)/python -m benchmarks.bench_linear

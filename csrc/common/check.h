@@ -5,8 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <vector>
 
-#include "format.h"
+#include "arguments.h"
 
 namespace gptj_q8 {
 
@@ -64,6 +65,59 @@ inline void check_absmax(const char* op, const char* name, const Tensor& t, int6
   const int64_t blocks = ceil_div(numel, int64_t{1} << block_shift);
   STD_TORCH_CHECK(t.numel() == blocks, op, ": ", name, " must have ", blocks, " blocks, got ",
                   t.numel());
+}
+
+inline DType dtype_of(const char* op, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16 or float16");
+  }
+}
+
+inline DType check_values(const char* op, const char* name, const Tensor& t) {
+  check_float(op, name, t);
+  return dtype_of(op, t.scalar_type());
+}
+
+// codes as a matrix [rows, cols]; with `flat` as one row, whatever its shape.
+inline Weight check_weight(const char* op, const Tensor& codes, const Tensor& absmax,
+                           const Tensor& codebook, int64_t block_size, bool flat) {
+  check_dtype(op, "codes", codes, ScalarType::Byte);
+  check_codebook(op, "codebook", codebook);
+  STD_TORCH_CHECK(flat || codes.dim() == 2, op, ": codes must have 2 dimensions, got ",
+                  codes.dim());
+  STD_TORCH_CHECK(codes.numel() > 0, op, ": codes must not be empty");
+  Weight w;
+  w.block_shift = check_block_size(op, block_size);
+  check_absmax(op, "absmax", absmax, codes.numel(), w.block_shift);
+  w.codes = codes.const_data_ptr<uint8_t>();
+  w.absmax = absmax.const_data_ptr<float>();
+  w.codebook = codebook.const_data_ptr<float>();
+  w.rows = flat ? 1 : codes.size(0);
+  w.cols = flat ? codes.numel() : codes.size(1);
+  return w;
+}
+
+// Rows of x [..., width] as one matrix.
+inline int64_t check_rows(const char* op, const char* name, const Tensor& x, int64_t width) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == width, op, ": ", name, " must have ",
+                  width, " values in its last dimension");
+  STD_TORCH_CHECK(x.numel() > 0, op, ": ", name, " must not be empty");
+  return x.numel() / width;
+}
+
+// The shape of t's first dimensions and one more.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t keep, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < keep; ++i) shape.push_back(t.size(i));
+  shape.push_back(last);
+  return shape;
 }
 
 }  // namespace gptj_q8

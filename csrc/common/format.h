@@ -13,10 +13,11 @@
 
 #include <cstdint>
 
+#define Q8_HOST_INLINE __attribute__((always_inline)) inline
 #if defined(__CUDACC__)
 #define Q8_INLINE __host__ __device__ __forceinline__
 #else
-#define Q8_INLINE __attribute__((always_inline)) inline
+#define Q8_INLINE Q8_HOST_INLINE
 #endif
 
 namespace gptj_q8 {

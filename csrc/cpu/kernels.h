@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "types.h"
+#include "../common/arguments.h"
 
 namespace gptj_q8 {
 
@@ -24,41 +24,6 @@ Q8_INLINE void parallel(const Pool& pool, int64_t count, int64_t grain, F& f) {
       &f);
 }
 
-// A quantized matrix. As a flat array it has one row.
-struct Weight {
-  const uint8_t* codes;   // [rows, cols]
-  const float* absmax;    // [ceil(rows * cols / block)]
-  const float* codebook;  // [256]
-  int block_shift;
-  int64_t rows, cols;
-};
-
-struct QuantizeArgs {
-  const void* weight;  // [numel] of dtype
-  DType dtype;
-  int64_t numel;
-  int block_shift;
-  const float* codebook;  // [256], ascending
-  uint8_t* codes;         // [numel], out
-  float* absmax;          // [blocks], out
-};
-
-struct HistogramArgs {
-  const void* weight;  // [numel] of dtype
-  DType dtype;
-  int64_t numel;
-  int block_shift;
-  int64_t bins;     // a power of two, at most 2^24
-  float* absmax;    // [blocks], scratch
-  int64_t* counts;  // [bins], zeros on entry, out
-};
-
-struct DequantizeArgs {
-  Weight weight;  // one row
-  void* out;      // [cols] of dtype
-  DType dtype;
-};
-
 struct EmbeddingArgs {
   const int64_t* ids;  // [count], each in [0, rows)
   int64_t count;
@@ -75,32 +40,6 @@ struct LinearArgs {
   Weight weight;
   const float* bias;  // or null
   void* y;
-};
-
-// dx[M, K] = dy[M, N] @ W[N, K]
-struct LinearGradInputArgs {
-  const void* dy;
-  DType dtype;
-  int64_t m;
-  Weight weight;
-  void* dx;
-};
-
-struct AdamArgs {
-  void* param;  // [numel], in place
-  DType param_dtype;
-  const void* grad;  // [numel]
-  DType grad_dtype;
-  int64_t numel;
-  int block_shift;
-  uint8_t* m_codes;  // [numel], in place, as the next three
-  float* m_absmax;   // [blocks]
-  uint8_t* v_codes;
-  float* v_absmax;
-  const float* m_codebook;  // [256]
-  const float* v_codebook;
-  double lr, beta1, beta2, eps, weight_decay;
-  int64_t step;
 };
 
 struct Kernels {

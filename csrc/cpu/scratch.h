@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "types.h"
+#include "../common/types.h"
 
 namespace gptj_q8 {
 

@@ -1,12 +1,13 @@
-// The three float types as the CPU kernels see them: 16-bit ones as tagged bit patterns, with
-// conversions in integer arithmetic, so that flush-to-zero modes do not change them.
+// The three float types as the kernels see them: 16-bit ones as tagged bit patterns, with
+// conversions in integer arithmetic, so that flush-to-zero modes do not change them. (On a GPU,
+// kernels convert with one instruction each: `widen` and `narrow` of cuda/primitives.cuh.)
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "../common/format.h"
+#include "format.h"
 
 namespace gptj_q8 {
 
@@ -96,7 +97,7 @@ Q8_INLINE T* typed(void* data, T*) {
 
 // Calls f with a null pointer of the type that `dtype` names: one switch for all kernels.
 template <class F>
-Q8_INLINE void with_type(DType dtype, F&& f) {
+Q8_HOST_INLINE void with_type(DType dtype, F&& f) {
   switch (dtype) {
     case DType::float32:
       return f(static_cast<float*>(nullptr));
@@ -109,7 +110,7 @@ Q8_INLINE void with_type(DType dtype, F&& f) {
 
 // Calls f with std::integral_constant<int, count>, 1 <= count <= Max.
 template <int Max, class F>
-Q8_INLINE void with_count(int64_t count, F&& f) {
+Q8_HOST_INLINE void with_count(int64_t count, F&& f) {
   if constexpr (Max > 1) {
     if (count < Max) return with_count<Max - 1>(count, f);
   }

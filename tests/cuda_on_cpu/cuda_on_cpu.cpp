@@ -1,0 +1,422 @@
+// Fibers, barriers and launches of the emulator; see cuda_on_cpu.h.
+#include "cuda_on_cpu.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves the registers that a call keeps on the stack, stores its pointer in *from, and goes on
+// where `to` was stored.
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+constexpr int kReturn = 6, kFrame = 8;  // words; at kReturn the place to go on
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, %function
+cuda_on_cpu_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+constexpr int kReturn = 11, kFrame = 20;
+#else
+#error "the emulator switches fibers on x86-64 and arm64 only"
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr size_t kPage = 4096;
+constexpr int kMostThreads = 1024;
+constexpr cudaError_t kFailed = 719;  // CUDA's cudaErrorLaunchFailure
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+};
+
+enum class State { ready, waiting, done };
+
+struct Fiber {
+  void* stack_pointer;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  unsigned char* stack;        // its lowest usable byte
+  uint3 thread;
+  State state;
+  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open;                 // not yet committed
+};
+
+// Threads that meet: a block at a barrier, or a warp.
+struct Meeting {
+  int arrived = 0;
+  Site site{};
+  std::vector<void*> operands;
+};
+
+std::mutex launching;
+std::vector<Fiber> fibers(kMostThreads);
+int threads = 0;
+int current = -1;
+const std::function<void()>* body = nullptr;
+void* scheduler_pointer;
+void* scheduler_fake_stack;
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+
+unsigned char* shared = nullptr;
+Meeting barrier;
+std::vector<Meeting> groups;
+std::string message;
+bool failed = false;
+bool stacks_are_dirty = false;
+
+int order = 0;  // 0 as numbered, 1 backwards, else a seed
+std::mt19937 random_numbers;
+std::string omitted_file;
+int omitted_line = 0;
+std::set<std::pair<std::string, int>> sites;
+std::vector<Site> seen;  // the same, quick to look through
+std::set<std::string> kernels;
+std::string answer;
+
+const char* base_name(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
+// AddressSanitizer has to be told of every change of stacks: before it, where it goes, and after.
+void announce_switch(void** fake_stack, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake_stack, stack, size);
+#else
+  (void)fake_stack, (void)stack, (void)size;
+#endif
+}
+void confirm_switch(void* fake_stack, const void** from, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, from, size);
+#else
+  (void)fake_stack, (void)from, (void)size;
+#endif
+}
+
+void enter_fiber(Fiber& fiber) {
+  announce_switch(&scheduler_fake_stack, fiber.stack, kStack);
+  cuda_on_cpu_switch(&scheduler_pointer, fiber.stack_pointer);
+  confirm_switch(scheduler_fake_stack, nullptr, nullptr);
+}
+
+void leave_fiber(Fiber& fiber, bool forever) {
+  announce_switch(forever ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_size);
+  cuda_on_cpu_switch(&fiber.stack_pointer, scheduler_pointer);
+  confirm_switch(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
+}
+
+void fiber_main() {
+  confirm_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
+  (*body)();
+  Fiber& fiber = fibers[current];
+  const auto is_empty = [](const std::vector<Copy>& group) { return group.empty(); };
+  if (!fiber.open.empty() || !std::all_of(fiber.groups.begin(), fiber.groups.end(), is_empty)) {
+    fail({"", 0}, "a thread ended with a cp.async that it never waited for");
+  }
+  fiber.state = State::done;
+  leave_fiber(fiber, true);
+  std::abort();
+}
+
+void prepare(Fiber& fiber, int index) {
+  if (fiber.stack == nullptr) {
+    void* mapped = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) std::abort();
+    mprotect(mapped, kPage, PROT_NONE);  // a kernel that overflows its stack stops there
+    fiber.stack = static_cast<unsigned char*>(mapped) + kPage;
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  if (stacks_are_dirty) __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
+  auto** top = reinterpret_cast<void**>(fiber.stack + kStack);
+  void** frame = top - kFrame;
+  std::fill(frame, top, nullptr);
+  frame[kReturn] = reinterpret_cast<void*>(&fiber_main);
+  fiber.stack_pointer = frame;
+  fiber.fake_stack = nullptr;
+  fiber.state = State::ready;
+  fiber.thread.x = index % blockDim.x;
+  fiber.thread.y = index / blockDim.x % blockDim.y;
+  fiber.thread.z = index / (blockDim.x * blockDim.y);
+  fiber.groups.clear();
+  fiber.open.clear();
+}
+
+// Numbers 0 .. count - 1 in the order chosen.
+void arrange(std::vector<int64_t>& numbers) {
+  for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int64_t>(i);
+  if (order == 1) std::reverse(numbers.begin(), numbers.end());
+  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random_numbers);
+}
+
+void run_block() {
+  for (int i = 0; i < threads; ++i) prepare(fibers[i], i);
+  barrier = Meeting{};
+  groups.clear();
+  std::vector<int64_t> turns(threads);
+  for (bool progress = true; progress && !failed;) {
+    progress = false;
+    arrange(turns);
+    for (const int64_t i : turns) {
+      Fiber& fiber = fibers[i];
+      if (fiber.state != State::ready || failed) continue;
+      progress = true;
+      current = static_cast<int>(i);
+      threadIdx = fiber.thread;
+      enter_fiber(fiber);
+    }
+  }
+  const auto is_waiting = [](const Fiber& f) { return f.state == State::waiting; };
+  const auto waiting = std::count_if(fibers.begin(), fibers.begin() + threads, is_waiting);
+  if (!failed && waiting > 0) {
+    failed = true;
+    message = std::to_string(waiting) + " threads wait for others that have ended";
+  }
+}
+
+// The thread arrives; true if it was the last one of `count`.
+bool arrive(Meeting& meeting, int count, Site site, const char* what) {
+  if (meeting.arrived == 0) {
+    meeting.site = site;
+  } else if (!(meeting.site == site)) {
+    fail(site, "threads wait at different %s: others are at %s:%d", what,
+         base_name(meeting.site.file), meeting.site.line);
+  }
+  return ++meeting.arrived == count;
+}
+
+void wait_or_release(Meeting& meeting, int first, int count, bool last) {
+  if (!last) {
+    fibers[current].state = State::waiting;
+    leave_fiber(fibers[current], false);
+    return;
+  }
+  meeting.arrived = 0;
+  for (int i = first; i < first + count; ++i) {
+    if (i != current) fibers[i].state = State::ready;
+  }
+}
+
+}  // namespace
+
+void fail(Site site, const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  message = std::string(base_name(site.file)) + ":" + std::to_string(site.line) + ": " + text +
+            " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current) + ")";
+  failed = true;
+  leave_fiber(fibers[current], true);  // never resumed
+  std::abort();
+}
+
+bool left_out(Site site) {
+  const bool known = std::find(seen.begin(), seen.end(), site) != seen.end();
+  if (!known) {
+    seen.push_back(site);
+    sites.insert({base_name(site.file), site.line});
+  }
+  return site.line == omitted_line && omitted_file == base_name(site.file);
+}
+
+void wait_for_block(Site site) {
+  const bool last = arrive(barrier, threads, site, "barriers");
+  wait_or_release(barrier, 0, threads, last);
+}
+
+void wait_for_group(int width, void* operands, Together together, Site site) {
+  const int lane = current % width, first = current - lane;
+  if (threads % width != 0) fail(site, "%d threads are not groups of %d", threads, width);
+  // Groups are told apart by their first thread; a warp is another group than its warpgroup.
+  const size_t index = static_cast<size_t>(first / 32) * 2 + (width == 32 ? 0 : 1);
+  if (groups.size() <= index) groups.resize(index + 1);
+  groups[index].operands.resize(width);
+  groups[index].operands[lane] = operands;
+  const bool last = arrive(groups[index], width, site, "warp operations");
+  if (last) together(groups[index].operands.data(), width);
+  wait_or_release(groups[index], first, width, last);
+}
+
+unsigned char* shared_memory() {
+  return shared;
+}
+
+void start_copy(void* to, const void* from, size_t bytes, size_t zeros, Site) {
+  std::memset(to, 0xff, bytes + zeros);  // what is there until the copy lands is nobody's business
+  fibers[current].open.push_back({to, from, bytes, zeros});
+}
+
+void commit_copies() {
+  Fiber& fiber = fibers[current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void land_copies(int keep_groups) {
+  auto& waiting = fibers[current].groups;
+  while (static_cast<int>(waiting.size()) > keep_groups) {
+    for (const Copy& copy : waiting.front()) {
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
+    }
+    waiting.erase(waiting.begin());
+  }
+}
+
+void check_aligned(const void* p, size_t to, const char* what, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % to != 0) fail(site, "%s is not aligned to %zu", what, to);
+}
+
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                const std::function<void()>& thread) {
+  const std::lock_guard<std::mutex> lock(launching);
+  Dl_info info{};
+  if (dladdr(kernel, &info) != 0 && info.dli_sname != nullptr) kernels.insert(info.dli_sname);
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  threads = static_cast<int>(block.x * block.y * block.z);
+  message.clear();
+  failed = false;
+  if (threads < 1 || threads > kMostThreads || blocks == 0 || grid.x > 0x7fffffffu ||
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > 227 * 1024) {
+    message = "no GPU takes such a launch: " + std::to_string(threads) + " threads, grid " +
+              std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+              std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes shared";
+    return kFailed;
+  }
+  body = &thread;
+  blockDim = block;
+  gridDim = grid;
+  random_numbers.seed(order);
+  std::vector<int64_t> turns(blocks);
+  arrange(turns);
+  for (const int64_t number : turns) {
+    blockIdx.x = number % grid.x;
+    blockIdx.y = number / grid.x % grid.y;
+    blockIdx.z = number / grid.x / grid.y;
+    void* memory = nullptr;
+    if (shared_bytes > 0 && posix_memalign(&memory, 1024, shared_bytes) != 0) std::abort();
+    shared = static_cast<unsigned char*>(memory);
+    if (shared_bytes > 0) std::memset(shared, 0xff, shared_bytes);
+    run_block();
+    std::free(memory);
+    shared = nullptr;
+    stacks_are_dirty = failed;
+    if (failed) return kFailed;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cuda_on_cpu
+
+const char* cudaGetErrorString(cudaError_t) {
+  return cuda_on_cpu::message.c_str();
+}
+
+// For the tests, by ctypes.
+extern "C" {
+
+__attribute__((visibility("default"))) void cuda_on_cpu_set_order(int value) {
+  cuda_on_cpu::order = value;
+}
+
+// line 0: nothing is left out.
+__attribute__((visibility("default"))) void cuda_on_cpu_leave_out(const char* file, int line) {
+  cuda_on_cpu::omitted_file = file;
+  cuda_on_cpu::omitted_line = line;
+}
+
+// "file:line" of every barrier and wait reached so far.
+__attribute__((visibility("default"))) const char* cuda_on_cpu_sites() {
+  cuda_on_cpu::answer.clear();
+  for (const auto& [file, line] : cuda_on_cpu::sites) {
+    cuda_on_cpu::answer += file + ":" + std::to_string(line) + "\n";
+  }
+  return cuda_on_cpu::answer.c_str();
+}
+
+// Mangled names of the kernels run so far.
+__attribute__((visibility("default"))) const char* cuda_on_cpu_kernels() {
+  cuda_on_cpu::answer.clear();
+  for (const std::string& name : cuda_on_cpu::kernels) cuda_on_cpu::answer += name + "\n";
+  return cuda_on_cpu::answer.c_str();
+}
+}
