@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,19 +11,19 @@ from torch import nn
 
 from gptj_q8 import checks
 from gptj_q8.config import Q8Config
-from gptj_q8.nn import Q8Embedding, Q8Linear
+from gptj_q8.models.layers import Quantized, stand_in
 
 logger = logging.getLogger(__name__)
 
-Quantized = Q8Linear | Q8Embedding
 _NOTHING_TIED: Mapping[str, str] = MappingProxyType({})
 
 
 def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     """Quantizes every nn.Linear and nn.Embedding of `model` in place, and returns it.
 
-    Subclasses of the two stay as they are: what they compute may differ. Modules that share a
-    weight share its codes. A Transformers model saves and loads as an 8-bit one from then on.
+    Of their subclasses and other modules, those that `gptj_q8.models.layers` knows; a warning names
+    other matrices that stay in float. Modules that share a weight share its codes. A Transformers
+    model saves and loads as an 8-bit one from then on.
 
     ValueError for NaN or Inf (naming each tensor, with counts), for weights without data (meta
     device), for a model with adapters, for an embedding with max_norm, for a module whose forward
@@ -57,6 +57,7 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     refuse_not_finite(
         {f"{names[0]}.weight": model.get_parameter(f"{names[0]}.weight") for names in groups}
     )
+    warn_of_float(model, groups, config)
     for names in groups:
         swap(model, names, config)
     _tell_transformers(model, config)
@@ -64,7 +65,7 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turns every 8-bit layer of `model` into nn.Linear or nn.Embedding in place; returns it.
+    """Turns every 8-bit layer of `model` back into a float one in place; returns it.
 
     dtype: of the new layers; None takes each layer's own. A Transformers model is an ordinary one
     from then on, all of it in `dtype`.
@@ -90,9 +91,9 @@ def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
             # The same codes mean a tied weight.
             weight = shared.get(id(layer.codes))
             if weight is None:
-                weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype))
+                weight = nn.Parameter(layer.turn(layer.dequantize()).to(dtype or layer.dtype))
                 shared[id(layer.codes)] = weight
-            made[id(layer)] = float_layer(layer, weight).to(dtype=dtype)
+            made[id(layer)] = layer.to_float(weight).to(dtype=dtype)
         model.set_submodule(name, made[id(layer)])
     return model
 
@@ -125,7 +126,39 @@ def _is_target(model: nn.Module, parameter_name: str, config: Q8Config) -> bool:
     module_name, _, own_name = parameter_name.rpartition(".")
     if own_name != "weight" or not module_name or exempt(module_name, config):
         return False
-    return type(model.get_submodule(module_name)) in (nn.Linear, nn.Embedding)
+    return stand_in(type(model.get_submodule(module_name))) is not None
+
+
+def left_in_float(model: nn.Module, groups: Iterable[Iterable[str]]) -> list[str]:
+    """Returns the modules that hold a matrix (two or more dimensions) and are in none of `groups`.
+
+    Such as an exempt nn.Linear, or the experts of a mixture, three-dimensional parameters.
+    """
+    taken = {name for names in groups for name in names}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in taken
+        and any(
+            parameter.is_floating_point() and parameter.dim() > 1
+            for parameter in module.parameters(recurse=False)
+        )
+    ]
+
+
+def warn_of_float(model: nn.Module, groups: Sequence[Sequence[str]], config: Q8Config) -> None:
+    """Warns of matrices that stay in float though `config` does not say so."""
+    names = [name for name in left_in_float(model, groups) if not exempt(name, config)]
+    if names:
+        sizes = [p.numel() for n in names for p in model.get_submodule(n).parameters(recurse=False)]
+        logger.warning(
+            "%d modules of kinds that gptj_q8 does not know stay in float, "
+            "with %.2g parameters: %s%s",
+            len(names),
+            sum(sizes),
+            ", ".join(names[:3]),
+            ", ..." if len(names) > 3 else "",
+        )
 
 
 def exempt(name: str, config: Q8Config) -> bool:
@@ -185,60 +218,30 @@ def swap(model: nn.Module, names: Iterable[str], config: Q8Config) -> Quantized:
     made: dict[int, Quantized] = {}
     old = {name: model.get_submodule(name) for name in names}
     for name, module in old.items():
-        assert isinstance(module, nn.Linear | nn.Embedding)
         if first is None:
             first = made[id(module)] = from_float(module, config)
         elif id(module) not in made:
             made[id(module)] = sharing(module, first)
-        _hand_on_hooks(module, made[id(module)])
         model.set_submodule(name, made[id(module)])
     assert first is not None
     return first
 
 
-def _hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
-    # The very dicts, so that the handles that registration gave still remove them.
-    for name, value in vars(old).items():
-        if "_hooks" in name and value:
-            setattr(new, name, value)
-
-
-def from_float(module: nn.Linear | nn.Embedding, config: Q8Config) -> Quantized:
+def from_float(module: nn.Module, config: Q8Config) -> Quantized:
     """Returns the 8-bit module with the values of `module`."""
-    if isinstance(module, nn.Linear):
-        return Q8Linear.from_float(module, config.codebook, config.block_size)
-    return Q8Embedding.from_float(module, config.codebook, config.block_size)
+    return stand_in_of(module).from_float(module, config.codebook, config.block_size)
 
 
 def shell(module: nn.Module, block_size: int) -> Quantized:
-    """Returns an 8-bit module with the shape and options of `module`, on the meta device.
+    """Returns an empty 8-bit module for `module`, on the meta device (see `like`)."""
+    return stand_in_of(module).like(module, block_size)
 
-    It has the very bias of `module`.
-    """
-    if isinstance(module, nn.Linear):
-        linear = Q8Linear(
-            module.in_features,
-            module.out_features,
-            bias=False,
-            block_size=block_size,
-            dtype=module.weight.dtype,
-            device="meta",
-        )
-        linear.bias = module.bias
-        return linear.train(module.training)
-    assert isinstance(module, nn.Embedding)
-    return Q8Embedding(
-        module.num_embeddings,
-        module.embedding_dim,
-        module.padding_idx,
-        module.max_norm,
-        module.norm_type,
-        module.scale_grad_by_freq,
-        module.sparse,
-        block_size=block_size,
-        dtype=module.weight.dtype,
-        device="meta",
-    ).train(module.training)
+
+def stand_in_of(module: nn.Module) -> type[Quantized]:
+    """Returns the 8-bit class for `module`, which is a target."""
+    found = stand_in(type(module))
+    assert found is not None
+    return found
 
 
 def sharing(module: nn.Module, other: Quantized) -> Quantized:
@@ -246,26 +249,6 @@ def sharing(module: nn.Module, other: Quantized) -> Quantized:
     twin = shell(module, other.block_size)
     twin.codes, twin.absmax, twin.codebook = other.codes, other.absmax, other.codebook
     return twin
-
-
-def float_layer(layer: Quantized, weight: nn.Parameter) -> nn.Linear | nn.Embedding:
-    """Returns the nn.Linear or nn.Embedding that `layer` stands for, with this weight."""
-    made: nn.Linear | nn.Embedding
-    if isinstance(layer, Q8Linear):
-        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.bias = layer.bias
-    else:
-        made = nn.Embedding(
-            layer.num_embeddings,
-            layer.embedding_dim,
-            layer.padding_idx,
-            norm_type=layer.norm_type,
-            scale_grad_by_freq=layer.scale_grad_by_freq,
-            sparse=layer.sparse,
-            device="meta",
-        )
-    made.weight = weight
-    return made.train(layer.training)
 
 
 def _tell_transformers(model: nn.Module, config: Q8Config) -> None:

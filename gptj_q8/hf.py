@@ -17,10 +17,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from gptj_q8 import convert, tied
-from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint import naming, stored
 from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
-from gptj_q8.convert import Quantized
+from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.quantized import check_stored_parts
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Q8HfQuantizer(HfQuantizer):
         self._groups: dict[str, list[str]] = {}
         self._refused: list[str] = []
         self._restore_fp32_names: Any = None
+        self._float_rules: Any = None  # by which Transformers names tensors when it saves the model
         self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
 
     @property
@@ -128,6 +129,7 @@ class Q8HfQuantizer(HfQuantizer):
             logger.warning("modules_to_not_convert matches no module: %s", ", ".join(unmatched))
         for names in groups:
             convert.check_convertible("from_pretrained", names[0], model.get_submodule(names[0]))
+        convert.warn_of_float(model, groups, config)
         self._groups = {name: names for names in groups for name in names}
         # Transformers casts weights to the model's dtype before we see them, and what that rounds
         # away adds to our error (bfloat16 from float16: 4 % more). So where the dtypes differ, let
@@ -144,19 +146,19 @@ class Q8HfQuantizer(HfQuantizer):
         self._loads_state_dict = not entries
         stored.check(entries, block_size)
         unclaimed = set(stored.quantized_names(entries))
+        known = naming.model_names(model, entries)
         absent = []
-        for names in convert.targets(model, self.quantization_config, model.all_tied_weights_keys):
-            bases = {stored.base_name(name, prefix, "codes", entries) for name in names} - {None}
+        for group in convert.targets(model, self.quantization_config, model.all_tied_weights_keys):
+            bases = {naming.base_name(name, prefix, "codes", known) for name in group} - {None}
             if entries and not bases:
                 # Stored in float, or a new head that the checkpoint knows nothing of.
-                absent += names
+                absent += [n for n in group if naming.base_name(n, prefix, "weight", known) is None]
                 continue
             unclaimed -= bases
-            for name in names:
+            for name in group:
                 layer: Any = convert.shell(model.get_submodule(name), block_size)
                 for base in bases:
                     stored.check_shape(entries, f"{base}.codes", layer.codes.shape)
-                layer._is_hf_initialized = True  # it has no weight to initialize
                 model.set_submodule(name, layer)
         _refuse_unclaimed(model, absent, unclaimed, entries)
         targets = tied.tie_codes(model)
@@ -187,20 +189,19 @@ class Q8HfQuantizer(HfQuantizer):
         for other in names:
             layer = model.get_submodule(other)
             layer.dtype = dtype
-            layer._is_hf_initialized = True
             missing_keys.discard(f"{other}.weight")
         tied.tie_codes(model)
         return {f"{name}.{part}": getattr(first, part) for part in stored.PARTS}
 
     def _load_tied_twice(self, model: Any, name: str, layer: Quantized, weight: Tensor) -> None:
         """Takes in a tied weight that the checkpoint holds under both names."""
-        twin = convert.float_layer(layer, nn.Parameter(weight, requires_grad=False))
+        twin = layer.to_float(nn.Parameter(weight, requires_grad=False))
         own: Any = convert.from_float(twin, self.quantization_config)
         if torch.equal(own.codes, layer.codes) and torch.equal(own.absmax, layer.absmax):
             return
         # Transformers, too, believes the weights over config.json's tie_word_embeddings.
         logger.warning("%s is stored with values of its own, so it will not be tied", name)
-        own.dtype, own._is_hf_initialized = layer.dtype, True
+        own.dtype = layer.dtype
         model.set_submodule(name, own)
         tied.untie(model, name)
 
@@ -234,10 +235,11 @@ class Q8HfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, metadata
         state = model.state_dict()
-        for name, _ in layers(model):
-            guard, empty = stored.guard(name)
-            state[guard] = empty
-            break
+        own_names = [name for name, _ in layers(model)]
+        guard, empty = stored.guard(own_names[0])
+        state[guard] = empty
+        rules = naming.keep_parts_whole(model, own_names)
+        self._float_rules = self._float_rules or rules
         return state, metadata
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -248,6 +250,8 @@ class Q8HfQuantizer(HfQuantizer):
         convert.decode_layers(model, dtype)
         tied.tie_weights(model)
         model.to(dtype)
+        if self._float_rules is not None:
+            model._weight_conversions = self._float_rules
         if hasattr(model.config, "_is_quantized"):
             del model.config._is_quantized
         return model
@@ -301,12 +305,14 @@ def _refuse_missing(name: str, scales: Mapping[str, Tensor]) -> None:
 def _refuse_unclaimed(
     model: nn.Module, absent: Sequence[str], unclaimed: set[str], entries: Mapping[str, Entry]
 ) -> None:
-    """ValueError if an 8-bit weight is stored under a name that only Transformers could place."""
+    """ValueError if an 8-bit weight has the shape of one that the checkpoint lacks.
+
+    That is a weight under a name that nobody here understands.
+    """
     shapes = {entries[f"{name}.codes"].shape: name for name in unclaimed}
-    prefix = getattr(model, "base_model_prefix", "")
     for name in absent:
-        other = shapes.get(tuple(model.get_parameter(f"{name}.weight").shape))
-        if other and stored.base_name(name, prefix, "weight", entries) is None:
+        shell = convert.shell(model.get_submodule(name), block_size=32)
+        if other := shapes.get(tuple(shell.codes.shape)):
             raise ValueError(f"the checkpoint holds no {name}, but an 8-bit {other} of its shape")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptj_q8.checkpoint.stored import PARTS
-from gptj_q8.convert import Quantized
+from gptj_q8.models.layers import Quantized
 
 
 def tie_codes(model: Any) -> list[str]:

@@ -3,21 +3,22 @@
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptj_q8 import checks, convert, ops
-from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint import naming, stored
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
 from gptj_q8.checkpoint.shards import Entry, Shard, Writer, find, parse_size, plan
 from gptj_q8.codebooks import CODEBOOKS
 from gptj_q8.config import FORMAT_VERSION, Q8Config
-from gptj_q8.models import RULES, Rule
+from gptj_q8.models import LEFTOVERS, RULES
 
 # What goes along with the weights as it is.
 _COMPANIONS = (
@@ -116,6 +117,17 @@ def _local(source: str | Path, revision: str | None) -> Path:
     return directory
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """What is known of a layer to quantize. turn: from its weight's layout to that of codes."""
+
+    kind: str
+    turn: Callable[[Tensor], Tensor]
+
+    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.turn(torch.empty(shape, device="meta")).shape)
+
+
 class _Job:
     """One conversion: which tensors there are, what becomes of each, and its error."""
 
@@ -131,51 +143,57 @@ class _Job:
         self.entries: dict[str, Entry] = {}
         for shard in self.shards.values():
             self.entries.update(shard.entries())
-        for name in _leftovers(skeleton, self.rule, self.entries):
-            del self.entries[name]
+        known = naming.model_names(skeleton, self.entries)
+        for name in _leftovers(skeleton, known):
+            del self.entries[known.pop(name)]
 
-        # Weights to quantize -> kind of layer; second copies of tied weights -> the first.
-        self.kinds, self.copies = self._sort(directory, skeleton)
-        if not self.kinds:
+        groups = convert.targets(skeleton, config, skeleton.all_tied_weights_keys)
+        # Weights to quantize, by name; second copies of tied weights -> the first.
+        self.layers: dict[str, _Layer] = {}
+        self.copies: dict[str, str] = {}
+        self._sort(directory, skeleton, groups, known)
+        if not self.layers:
             raise ValueError(f"{directory}: holds no weight of an nn.Linear or nn.Embedding")
-        first = next(iter(self.kinds))
+        convert.warn_of_float(skeleton, groups, config)
+        first = next(iter(self.layers))
         self.guard = stored.guard(first.removesuffix(".weight"))
-        self.kept = sorted(
-            name
-            for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding) and name not in self.done
-        )
+        self.kept = sorted(convert.left_in_float(skeleton, groups))
         self.model_config.quantization_config = config
         if dtype is not None or self.model_config.dtype is None:
             # Where config.json says nothing, Transformers would go by absmax, which is float32.
             self.model_config.dtype = dtype or self.entries[first].dtype
 
-    def _sort(self, directory: Path, skeleton: Any) -> tuple[dict[str, str], dict[str, str]]:
-        kinds: dict[str, str] = {}
-        copies: dict[str, str] = {}
-        self.done: set[str] = set()
+    def _sort(
+        self,
+        directory: Path,
+        skeleton: Any,
+        groups: Iterable[Sequence[str]],
+        known: Mapping[str, str],
+    ) -> None:
         prefix = skeleton.base_model_prefix
         body_alone = hasattr(skeleton, prefix) and not any(
-            name.startswith(f"{prefix}.") for name in self.entries
+            name.startswith(f"{prefix}.") for name in known
         )
         tied = skeleton.all_tied_weights_keys
-        for names in convert.targets(skeleton, self.config, tied):
-            sources = [n for n in names if f"{n}.weight" not in tied]
+        for group in groups:
+            sources = [n for n in group if f"{n}.weight" not in tied]
             found = [
                 f"{base}.weight"
-                for name in [*sources, *(n for n in names if n not in sources)]
-                if (base := stored.base_name(name, prefix, "weight", self.entries))
+                for name in [*sources, *(n for n in group if n not in sources)]
+                if (base := naming.base_name(name, prefix, "weight", known))
             ]
-            self.done.update(names)
+            module = skeleton.get_submodule(group[0])
             if found:
                 for name in found:
-                    shape = skeleton.get_parameter(f"{names[0]}.weight").shape
-                    stored.check_shape(self.entries, name, shape)
-                kinds[found[0]] = kind(names[0])
-                copies.update(dict.fromkeys(found[1:], found[0]))
-            elif not body_alone or names[0].startswith(f"{prefix}."):
-                raise ValueError(f"{directory}: lacks {names[0]}.weight")
-        return kinds, copies
+                    stored.check_shape(self.entries, name, module.weight.shape)
+                turn = convert.stand_in_of(module).turn
+                self.layers[found[0]] = _Layer(kind(group[0]), turn)
+                self.copies.update(dict.fromkeys(found[1:], found[0]))
+            elif not body_alone or group[0].startswith(f"{prefix}."):
+                raise ValueError(
+                    f"{directory}: lacks {group[0]}.weight; if Transformers makes it of other "
+                    "tensors, load the model with quantization_config=Q8Config() and save it"
+                )
 
     def announce(self) -> dict[str, Entry]:
         """Returns what will be written, in the order in which `run` gives it."""
@@ -192,13 +210,13 @@ class _Job:
     ) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         if name in self.copies:
             return {}
-        if name not in self.kinds:
+        if name not in self.layers:
             cast = self.dtype is not None and entry.dtype in checks.FLOATS
             return {name: (self.dtype if cast else entry.dtype, entry.shape)}
         base = name.removesuffix(".weight")
         blocks = math.ceil(entry.numel / self.config.block_size)
         return {
-            f"{base}.codes": (torch.uint8, entry.shape),
+            f"{base}.codes": (torch.uint8, self.layers[name].codes_shape(entry.shape)),
             f"{base}.absmax": (torch.float32, (blocks,)),
             f"{base}.codebook": (torch.float32, (256,)),
         }
@@ -215,7 +233,7 @@ class _Job:
                         "though config.json says that they are tied"
                     )
                 yield name, {}
-            elif name in self.kinds:
+            elif name in self.layers:
                 yield name, self._quantize(name, tensor)
             else:
                 ((part, (dtype, _)),) = self._parts(name, entry).items()
@@ -224,10 +242,11 @@ class _Job:
     def _quantize(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         checks.float_dtype(self.entries[name].file, weight.dtype, name)
         convert.refuse_not_finite({name: weight})
-        block_size = self.config.block_size
+        layer, block_size = self.layers[name], self.config.block_size
+        weight = layer.turn(weight)
         codebook = CODEBOOKS[self.config.codebook](weight, block_size)
         codes, absmax = ops.quantize(weight, codebook, block_size)
-        self.errors.add(self.kinds[name], weight, codes, absmax, codebook, block_size)
+        self.errors.add(layer.kind, weight, codes, absmax, codebook, block_size)
         base = name.removesuffix(".weight")
         parts = (codes, absmax, codebook)
         return {f"{base}.{part}": t for part, t in zip(stored.PARTS, parts, strict=True)}
@@ -247,13 +266,11 @@ class _Job:
         )
 
 
-def _leftovers(skeleton: Any, rule: Rule | None, names: Iterable[str]) -> list[str]:
+def _leftovers(skeleton: Any, names: Iterable[str]) -> list[str]:
     """Returns those of the names that an old checkpoint has and today's model has no use for."""
-    patterns = [
-        *(skeleton._keys_to_ignore_on_load_unexpected or ()),
-        *(rule.leftovers if rule else ()),
-    ]
-    ignored = re.compile("|".join(patterns or ["(?!)"]))
+    ignored = re.compile(
+        "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or ()), *LEFTOVERS])
+    )
     prefix = skeleton.base_model_prefix
     own = {name.removeprefix(f"{prefix}.") for name in skeleton.state_dict()}
     return [n for n in names if n.removeprefix(f"{prefix}.") not in own and ignored.search(n)]

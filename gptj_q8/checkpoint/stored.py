@@ -82,18 +82,6 @@ def check_shape(entries: Mapping[str, Entry], name: str, shape: torch.Size) -> N
         )
 
 
-def base_name(module: str, prefix: str, own_name: str, entries: Mapping[str, Entry]) -> str | None:
-    """Returns the checkpoint's name for `own_name` of `module`, None if it does not hold it.
-
-    prefix: the attribute that holds the body of a model with a head. A checkpoint of the body alone
-    lacks it, and so does a model that is the body.
-    """
-    for name in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-        if f"{name}.{own_name}" in entries:
-            return name
-    return None
-
-
 def _check_dtype(name: str, entry: Entry, dtype: torch.dtype) -> None:
     if entry.dtype != dtype:
         wanted = str(dtype).removeprefix("torch.")

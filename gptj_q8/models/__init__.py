@@ -1,8 +1,16 @@
-"""What is particular to a family of models; one small file each, listed in `RULES`."""
+"""What is particular to families of models; one small file each, listed in `RULES`."""
 
 from gptj_q8.models.gptj import GPTJ
 from gptj_q8.models.rule import Rule
 
 RULES: dict[str, Rule] = {rule.model_type: rule for rule in (GPTJ,)}
 
-__all__ = ["RULES", "Rule"]
+# Patterns of tensors in old checkpoints that today's models make for themselves: causal masks and
+# their fill values (4 MB in each block of EleutherAI/gpt-j-6b), rotary frequencies, positions.
+LEFTOVERS = (
+    r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$",
+    r"(^|\.)rotary_emb\.inv_freq$",
+    r"(^|\.)embeddings\.position_ids$",
+)
+
+__all__ = ["LEFTOVERS", "RULES", "Rule"]

@@ -12,6 +12,4 @@ GPTJ = Rule(
         "mlp.fc_in",
         "mlp.fc_out",
     ),
-    # The causal mask and its fill value, 4 MB in each block of EleutherAI/gpt-j-6b.
-    leftovers=(r"\.attn\.bias$", r"\.attn\.masked_bias$"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
     A fresh module is an empty shell for loading; `from_float` quantizes.
     """
 
+    float_class: type[nn.Module] = nn.Embedding
+
     def __init__(
         self,
         num_embeddings: int,
@@ -31,10 +35,7 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if max_norm is not None:
-            raise ValueError(
-                f"Q8Embedding: max_norm changes the table and is not supported, got {max_norm}"
-            )
+        _refuse_max_norm(max_norm)
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
@@ -42,28 +43,9 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
         self._make_parts((num_embeddings, embedding_dim), block_size, dtype, device)
 
     @classmethod
-    def from_float(
-        cls, embedding: nn.Embedding, codebook: str = "fitted", block_size: int = 256
-    ) -> Q8Embedding:
-        """Quantizes an embedding module; keeps its training flag.
-
-        Raises ValueError for NaN or Inf in the weight and for max_norm.
-        """
-        weight = embedding.weight.detach()
-        module = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            embedding.max_norm,
-            embedding.norm_type,
-            embedding.scale_grad_by_freq,
-            embedding.sparse,
-            block_size=block_size,
-            dtype=weight.dtype,
-            device="meta",
-        )
-        module._quantize_parts(weight, codebook)
-        return module.train(embedding.training)
+    def like(cls, module: nn.Module, block_size: int = 256) -> Self:
+        _refuse_max_norm(module.max_norm)
+        return super().like(module, block_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 or int32 [...] -> [..., embedding_dim]. Raises IndexError out of range."""
@@ -73,3 +55,10 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{nn.Embedding.extra_repr(self)}, block_size={self.block_size}, dtype={self.dtype}"
+
+
+def _refuse_max_norm(max_norm: object) -> None:
+    if max_norm is not None:
+        raise ValueError(
+            f"Q8Embedding: max_norm changes the table and is not supported, got {max_norm}"
+        )

@@ -16,6 +16,8 @@ class Q8Linear(QuantizedWeight, nn.Linear):
     to x and bias. A fresh module is an empty shell for loading; `from_float` quantizes.
     """
 
+    float_class: type[nn.Module] = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -32,27 +34,6 @@ class Q8Linear(QuantizedWeight, nn.Linear):
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device))
-
-    @classmethod
-    def from_float(
-        cls, linear: nn.Linear, codebook: str = "fitted", block_size: int = 256
-    ) -> Q8Linear:
-        """Quantizes a linear module; keeps its bias (the same Parameter) and training flag.
-
-        Raises ValueError for NaN or Inf in the weight.
-        """
-        weight = linear.weight.detach()
-        module = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            block_size=block_size,
-            dtype=weight.dtype,
-            device="meta",
-        )
-        module._quantize_parts(weight, codebook)
-        module.bias = linear.bias
-        return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,60 @@ class QuantizedWeight(nn.Module):
     codebook: Tensor
     block_size: int
     dtype: torch.dtype
+    float_class: type[nn.Module]
+    """What this stands in for, and `to_float` gives back."""
+
+    @classmethod
+    def like(cls, module: nn.Module, block_size: int = 256) -> Self:
+        """An empty shell on the meta device that stands in for `module`.
+
+        All but the weight is that of `module`: its bias (the very Parameter), options and hooks.
+        """
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        shell = cls.__new__(cls)
+        _take_over(module, shell)
+        others = shell._parameters.copy()
+        del others["weight"]
+        shell._parameters.clear()
+        shell.float_class = type(module)
+        with torch.device("meta"):
+            shape = cls.turn(torch.empty(weight.shape)).shape
+        shell._make_parts(shape, block_size, weight.dtype, "meta")
+        shell._parameters.update(others)
+        return shell
+
+    @classmethod
+    def from_float(cls, module: nn.Module, codebook: str = "fitted", block_size: int = 256) -> Self:
+        """Quantizes a module; all but its weight is kept (see `like`).
+
+        Raises ValueError for NaN or Inf in the weight, TypeError for another dtype.
+        """
+        made = cls.like(module, block_size)
+        assert isinstance(module.weight, Tensor)
+        made._quantize_parts(cls.turn(module.weight.detach()), codebook)
+        return made
+
+    def to_float(self, weight: nn.Parameter) -> nn.Module:
+        """Returns the float module that this stands in for, with `weight` in that one's layout."""
+        made = self.float_class.__new__(self.float_class)
+        _take_over(self, made)
+        others = made._parameters.copy()
+        del others["codes"], made._buffers["absmax"], made._buffers["codebook"]
+        made._parameters.clear()
+        made._parameters.update(weight=weight, **others)
+        for name in ("block_size", "dtype", "float_class"):
+            vars(made).pop(name, None)
+        return made
+
+    @staticmethod
+    def turn(weight: Tensor) -> Tensor:
+        """Brings a weight from the float module's layout to that of codes, and back."""
+        return weight
 
     def _make_parts(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         block_size: int,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
@@ -59,7 +110,7 @@ class QuantizedWeight(nn.Module):
         checks.block_size_is_valid(name, block_size)
         self.block_size, self.dtype = block_size, dtype or torch.get_default_dtype()
         checks.float_dtype(name, self.dtype)
-        blocks = -(-shape[0] * shape[1] // block_size)
+        blocks = -(-math.prod(shape) // block_size)
         self.codes = FrozenCodes(
             torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False
         )
@@ -151,6 +202,13 @@ class QuantizedWeight(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new` what `old` has, in tables of its own; hooks keep theirs, so handles stay good."""
+    own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+    state = {name: value.copy() if name in own else value for name, value in vars(old).items()}
+    vars(new).update(state)
 
 
 def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
