@@ -247,7 +247,7 @@ def stand_in_of(module: nn.Module) -> type[Quantized]:
 def sharing(module: nn.Module, other: Quantized) -> Quantized:
     """Returns `module` in 8 bits with the codes, absmax and codebook of `other`, not copies."""
     twin = shell(module, other.block_size)
-    twin.codes, twin.absmax, twin.codebook = other.codes, other.absmax, other.codebook
+    twin.tie(other)
     return twin
 
 

@@ -202,8 +202,8 @@ class Q8HfQuantizer(HfQuantizer):
         # Transformers, too, believes the weights over config.json's tie_word_embeddings.
         logger.warning("%s is stored with values of its own, so it will not be tied", name)
         own.dtype = layer.dtype
-        model.set_submodule(name, own)
         tied.untie(model, name)
+        model.set_submodule(name, own)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._refused:
@@ -212,7 +212,6 @@ class Q8HfQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict = self._restore_fp32_names
             self._groups = {}
             self.pre_quantized = True
-        tied.share_scales(model)
         for name, layer in layers(model):
             scales = {"absmax": layer.absmax, "codebook": layer.codebook}
             if self._loads_state_dict:

@@ -1,6 +1,5 @@
 """Tied embeddings: what Transformers must know of layers that share their codes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from gptj_q8.checkpoint.stored import PARTS
@@ -16,13 +15,15 @@ def tie_codes(model: Any) -> list[str]:
     keys: dict[str, str] = {}
     for target, source in list(model.all_tied_weights_keys.items()):
         names = target.removesuffix(".weight"), source.removesuffix(".weight")
-        if not target.endswith(".weight") or not all(
-            isinstance(model.get_submodule(name), Quantized) for name in names
-        ):
+        if not target.endswith(".weight"):
             continue
+        layer, other = (model.get_submodule(name) for name in names)
+        if not isinstance(layer, Quantized) or not isinstance(other, Quantized):
+            continue
+        layer.tie(other)
         targets.append(names[0])
         del model.all_tied_weights_keys[target]
-        # Transformers looks this up among the parameters only; share_scales does the buffers.
+        # Transformers looks this up among the parameters only; the layers see to the buffers.
         model.all_tied_weights_keys[f"{names[0]}.codes"] = f"{names[1]}.codes"
         keys.update({f"{names[0]}.{part}": f"{names[1]}.{part}" for part in PARTS})
     if keys:
@@ -33,27 +34,12 @@ def tie_codes(model: Any) -> list[str]:
 
 def untie(model: Any, name: str) -> None:
     """Forgets that module `name` was to share its codes."""
+    model.get_submodule(name).untie()
     own = {f"{name}.{part}" for part in PARTS}
     for mapping in (model.all_tied_weights_keys, model._tied_weights_keys):
         for target, source in list(mapping.items()):
             if target in own or source in own:
                 del mapping[target]
-
-
-def _tied_layers(model: Any) -> Iterator[tuple[Quantized, Quantized]]:
-    for target, source in model.all_tied_weights_keys.items():
-        if target.endswith(".codes"):
-            pair = (model.get_submodule(key.removesuffix(".codes")) for key in (target, source))
-            yield tuple(pair)
-
-
-def share_scales(model: Any) -> None:
-    """Gives layers that share their codes the scales that came with them."""
-    for one, other in _tied_layers(model):
-        if one.codes is other.codes:
-            loaded = one if getattr(one.absmax, "_is_hf_initialized", False) else other
-            for layer in (one, other):
-                layer.absmax, layer.codebook = loaded.absmax, loaded.codebook
 
 
 def tie_weights(model: Any) -> None:

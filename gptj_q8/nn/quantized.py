@@ -49,6 +49,8 @@ class QuantizedWeight(nn.Module):
     dtype: torch.dtype
     float_class: type[nn.Module]
     """What this stands in for, and `to_float` gives back."""
+    _tied: list[QuantizedWeight]
+    """The layers that share this one's weight, itself too; one list for all. Empty if alone."""
 
     @classmethod
     def like(cls, module: nn.Module, block_size: int = 256) -> Self:
@@ -89,9 +91,26 @@ class QuantizedWeight(nn.Module):
         del others["codes"], made._buffers["absmax"], made._buffers["codebook"]
         made._parameters.clear()
         made._parameters.update(weight=weight, **others)
-        for name in ("block_size", "dtype", "float_class"):
+        for name in ("block_size", "dtype", "float_class", "_tied"):
             vars(made).pop(name, None)
         return made
+
+    def tie(self, other: QuantizedWeight) -> None:
+        """Gives this layer the weight of `other`, and does so again when it is given its codes.
+
+        Loaders tie parameters, which is to say codes; the scales must follow them.
+        """
+        if self not in other._tied:
+            other._tied = self._tied = [*(other._tied or [other]), self]
+            for layer in other._tied:
+                layer._tied = self._tied
+        self.codes = other.codes
+
+    def untie(self) -> None:
+        """Forgets the layers that this one was tied to."""
+        if self._tied:
+            self._tied.remove(self)
+        self._tied = []
 
     @staticmethod
     def turn(weight: Tensor) -> Tensor:
@@ -110,6 +129,7 @@ class QuantizedWeight(nn.Module):
         checks.block_size_is_valid(name, block_size)
         self.block_size, self.dtype = block_size, dtype or torch.get_default_dtype()
         checks.float_dtype(name, self.dtype)
+        self._tied = []
         blocks = -(-math.prod(shape) // block_size)
         self.codes = FrozenCodes(
             torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False
@@ -150,7 +170,11 @@ class QuantizedWeight(nn.Module):
             marks = param.__dict__  # such as a loader's "is initialized"
             param = FrozenCodes(param.data, requires_grad=False)
             param.__dict__.update(marks)
+        replaced = name == "codes" and self._parameters.get(name) is not param
         super().register_parameter(name, param)
+        for layer in self._tied if replaced else ():
+            if layer is not self and layer.codes is param:
+                self.absmax, self.codebook = layer.absmax, layer.codebook
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
