@@ -19,7 +19,7 @@ _HOMES = {
     "Q8Linear": "gptj_q8.nn",
     "convert_checkpoint": "gptj_q8.checkpoint",
     "dequantize_": "gptj_q8.convert",
-    "from_pretrained": "gptj_q8.hf",
+    "from_pretrained": "gptj_q8.pretrained",
     "quantize_": "gptj_q8.convert",
 }
 _MODULES = ("demo", "evaluate")

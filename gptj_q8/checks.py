@@ -181,8 +181,8 @@ def float_dtype(who: str, dtype: torch.dtype, name: str = "dtype") -> None:
     one_of_dtypes(who, name, dtype, *FLOATS)
 
 
-def one_of_dtypes(op: str, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
-    """TypeError unless `dtype`, that of `name`, is one of `allowed`."""
+def one_of_dtypes(op: str, name: str, dtype: torch.dtype | None, *allowed: torch.dtype) -> None:
+    """TypeError unless `dtype`, that of `name` (None: unknown to us), is one of `allowed`."""
     if dtype not in allowed:
         names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
         raise DtypeError(f"{op}: {name} must be {names}, got {str(dtype).removeprefix('torch.')}")

@@ -255,9 +255,19 @@ def check_name(who: str, name: object) -> None:
 
 
 def check_codebook(codebook: Tensor, who: str) -> None:
-    """TypeError or ValueError, in the name of the op `who`, unless `codebook` is a codebook.
+    """TypeError or ValueError, in the name of the op `who`, unless `codebook` can encode.
 
     Repeated levels are allowed. Reads the values, so on a GPU it waits for them.
+    """
+    check_levels(codebook, who)
+    if 0 not in codebook.tolist():
+        raise ValueError(f"{who}: codebook must contain 0")
+
+
+def check_levels(codebook: Tensor, who: str) -> None:
+    """TypeError or ValueError, as `check_codebook`, unless `codebook` can decode: no 0 is needed.
+
+    Old checkpoints may hold a table without one, such as 256 even steps from -1 to 1.
     """
     if codebook.dtype != torch.float32:
         raise TypeError(f"{who}: codebook must be float32, got {codebook.dtype}")
@@ -273,5 +283,3 @@ def check_codebook(codebook: Tensor, who: str) -> None:
                 f"{who}: codebook must be sorted ascending, "
                 f"but entry {i} ({value:.9g}) exceeds entry {i + 1} ({following:.9g})"
             )
-    if 0 not in values:
-        raise ValueError(f"{who}: codebook must contain 0")

@@ -1,11 +1,10 @@
-"""The Transformers quantizer: from_pretrained, save_pretrained and dequantize for 8-bit models.
+"""The Transformers quantizer: loads, saves and dequantizes 8-bit models.
 
 Importing this module registers it.
 """
 
 import copy
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,54 +16,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from gptj_q8 import convert, tied
-from gptj_q8.checkpoint import naming, stored
-from gptj_q8.checkpoint.shards import Entry
+from gptj_q8.checkpoint import adapters, naming, old, stored
+from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
 from gptj_q8.models.layers import Quantized
-from gptj_q8.nn.quantized import check_stored_parts
+from gptj_q8.nn.quantized import FrozenCodes, check_stored_parts, sort_levels
 
 logger = logging.getLogger(__name__)
-
-# What from_pretrained must know to find config.json.
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
-
-def from_pretrained(
-    name_or_path: str | os.PathLike[str],
-    *model_args: Any,
-    quantization_config: Q8Config | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Loads a causal language model in 8 bits, whether it is stored so or in float.
-
-    For those who want one import; with `import gptj_q8`, `AutoModel...from_pretrained` does it too.
-    quantization_config: how to quantize a float model; None means `Q8Config()`.
-    Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
-    another method has quantized.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = kwargs.get("config")
-    if config is None or isinstance(config, str | os.PathLike):
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        config = AutoConfig.from_pretrained(config or name_or_path, **hub)
-    present = getattr(config, "quantization_config", None) or {}
-    method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
-    if method not in (None, QUANT_METHOD):
-        raise ValueError(f"{name_or_path}: is quantized already ({method})")
-    if quantization_config is not None or not present:
-        kwargs["quantization_config"] = quantization_config or Q8Config()
-    return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
 
 
 class Q8HfQuantizer(HfQuantizer):
@@ -72,7 +30,8 @@ class Q8HfQuantizer(HfQuantizer):
 
     A float checkpoint is loaded into the float skeleton, and each weight is quantized as it comes:
     given a skeleton with uint8 weights, Transformers up to 5.22 would cast the checkpoint to uint8
-    first. A stored 8-bit model is loaded into a skeleton of 8-bit modules.
+    first. A stored 8-bit model is loaded into a skeleton of 8-bit modules, and so is a checkpoint
+    of the hivemind family, which is known by its tensors, whatever config.json says.
     """
 
     quantization_config: Q8Config
@@ -86,6 +45,9 @@ class Q8HfQuantizer(HfQuantizer):
         self._restore_fp32_names: Any = None
         self._float_rules: Any = None  # by which Transformers names tensors when it saves the model
         self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
+        self._old: Mapping[str, Entry] = {}  # a checkpoint of the hivemind family, as stored
+        self._old_adapters: list[adapters.Adapter] = []
+        self._renamings: list[Any] = []
 
     @property
     def is_trainable(self) -> bool:
@@ -114,11 +76,33 @@ class Q8HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        entries = stored.entries(checkpoint_files) if checkpoint_files else {}
+        entries: Mapping[str, Entry] = stored.entries(checkpoint_files or ())
+        if old.quantized_names(entries):
+            entries = self._adopt(model, entries)
         if self.pre_quantized:
             self._prepare_8bit_skeleton(model, entries)
         else:
             self._prepare_float_skeleton(model, entries)
+
+    def _adopt(self, model: Any, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+        """Returns the entries of a checkpoint of the hivemind family as if it were one of ours."""
+        if not self.pre_quantized and self.quantization_config.to_dict() != Q8Config().to_dict():
+            raise ValueError(
+                "from_pretrained: the checkpoint is in 8 bits already, which are kept; "
+                "quantization_config is for float models"
+            )
+        old.check(entries)
+        old.check_model(entries, model)
+        self._old, self._old_adapters = entries, adapters.find(entries, model)
+        self._renamings = old.renamings(entries)
+        self.quantization_config = Q8Config(old.BLOCK_SIZE, old.CODEBOOK)
+        self.pre_quantized = True
+        dropped = [name for name in entries if old.is_dropped(name)]
+        _ignore_keys(model, "unexpected", [rf"{re.escape(name)}$" for name in dropped])
+        return old.renamed(entries)
+
+    def get_weight_conversions(self) -> list[Any]:
+        return [*super().get_weight_conversions(), *self._renamings]
 
     def _prepare_float_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
         config = self.quantization_config
@@ -212,6 +196,8 @@ class Q8HfQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict = self._restore_fp32_names
             self._groups = {}
             self.pre_quantized = True
+        if self._old:
+            self._finish_old(model)
         for name, layer in layers(model):
             scales = {"absmax": layer.absmax, "codebook": layer.codebook}
             if self._loads_state_dict:
@@ -219,6 +205,24 @@ class Q8HfQuantizer(HfQuantizer):
             # Disk offload leaves tensors without data, and has read them from checked files.
             check_stored_parts(name, scales, "")
         return model
+
+    def _finish_old(self, model: Any) -> None:
+        """Does for a checkpoint of the hivemind family what renaming its tensors does not do."""
+        # Transformers would rename them back when it saves the model.
+        model._weight_conversions = [
+            each for each in model._weight_conversions if each not in self._renamings
+        ]
+        for _, layer in layers(model):
+            codes, codebook = sort_levels(layer.codes.data, layer.codebook)
+            if codebook is not layer.codebook:
+                layer.codes, layer.codebook = FrozenCodes(codes, requires_grad=False), codebook
+        if self._old_adapters:
+            config = adapters.peft_config(self._old_adapters, model, model.name_or_path)
+            state = adapters.peft_state(
+                self._old_adapters, lambda name: Shard(self._old[name].file).read(name)
+            )
+            adapters.attach(model, config, state)
+        self._old, self._old_adapters, self._renamings = {}, [], []
 
     def attach(self, model: Any) -> None:
         """Tells a model that was quantized in memory."""

@@ -21,6 +21,7 @@ FLOORS = [
     {"tied"},
     {
         "hf",
+        "pretrained",
         "lora",
         "optim",
         "evaluate",

@@ -12,28 +12,15 @@ import torch
 from torch import Tensor
 
 from gptj_q8 import checks, convert, ops
-from gptj_q8.checkpoint import naming, stored
+from gptj_q8.checkpoint import naming, old, stored
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
+from gptj_q8.checkpoint.rewriting import Rewriting
 from gptj_q8.checkpoint.shards import Entry, Shard, Writer, find, parse_size, plan
+from gptj_q8.checkpoint.source import COMPANIONS, empty_model, local_directory
 from gptj_q8.codebooks import CODEBOOKS
 from gptj_q8.config import FORMAT_VERSION, Q8Config
 from gptj_q8.models import LEFTOVERS, RULES
-
-# What goes along with the weights as it is.
-_COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def convert_checkpoint(
@@ -54,6 +41,9 @@ def convert_checkpoint(
     dtype: of the tensors that stay in float and of the layers' arithmetic; None keeps the model's.
     on_progress(done, total): called after each tensor, in bytes read.
 
+    A checkpoint of the hivemind/gpt-j-6B-8bit family keeps its codes, scales and tables; `config`
+    must be None for it, and any adapters in it go to `target/adapter` as PEFT's.
+
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
     replaced, never the source. FileNotFoundError without weights or with a shard missing;
@@ -70,9 +60,20 @@ def convert_checkpoint(
         raise FileExistsError(f"{target} is the source itself; choose another place")
     shard_bytes = parse_size(max_shard_size)
     with new_directory(target, overwrite) as partial:
-        directory = _local(source, revision)
+        directory = local_directory(source, revision)
         files = find(directory)
-        job = _Job(directory, files, config, dtype)
+        stored_entries = stored.entries(files)
+        job: Rewriting | _Quantizing
+        if old.quantized_names(stored_entries):
+            if config.to_dict() != Q8Config().to_dict():
+                raise ValueError(
+                    f"{source}: is in 8 bits already, which are kept; block_size, codebook and "
+                    "modules_to_not_convert are for float models"
+                )
+            job = Rewriting(directory, stored_entries, dtype)
+            job.write_adapters(partial / ADAPTER, str(target))
+        else:
+            job = _Quantizing(directory, stored_entries, config, dtype)
         entries = job.announce()
         metadata = {"format_version": str(FORMAT_VERSION)}
         writer = Writer(partial, entries, plan(entries, shard_bytes), metadata)
@@ -87,7 +88,7 @@ def convert_checkpoint(
         writer.write(*job.guard)
         writer.close()
         job.model_config.save_pretrained(partial)
-        for pattern in _COMPANIONS:
+        for pattern in COMPANIONS:
             for path in filter(Path.is_file, directory.glob(pattern)):
                 shutil.copyfile(path, partial / path.name)
         before = sum(path.stat().st_size for path in files)
@@ -95,26 +96,8 @@ def convert_checkpoint(
     return job.report(before, after)
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
-    """Returns the directory of `source`, downloaded if it is a Hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
-        raise FileNotFoundError(f"{source}: neither a directory nor a Hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    patterns = ["model*.safetensors", "*.json", *_COMPANIONS]
-    try:
-        directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        if not any(directory.glob("model*.safetensors")):
-            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{source} is no folder here and could not be fetched from the Hub: {reason}"
-        ) from error
-    return directory
+# Where in the target the adapters go.
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -128,21 +111,23 @@ class _Layer:
         return tuple(self.turn(torch.empty(shape, device="meta")).shape)
 
 
-class _Job:
+class _Quantizing:
     """One conversion: which tensors there are, what becomes of each, and its error."""
 
     def __init__(
-        self, directory: Path, files: list[Path], config: Q8Config, dtype: torch.dtype | None
+        self,
+        directory: Path,
+        entries: dict[str, Entry],
+        config: Q8Config,
+        dtype: torch.dtype | None,
     ) -> None:
         self.config, self.dtype = config, dtype
         self.errors = Errors()
-        self.model_config, skeleton = _skeleton(directory)
+        self.model_config, skeleton = empty_model(directory)
         convert.check_exemptions("convert_checkpoint", skeleton, config)
         self.rule = RULES.get(self.model_config.model_type)
-        self.shards = {str(path): Shard(path) for path in files}
-        self.entries: dict[str, Entry] = {}
-        for shard in self.shards.values():
-            self.entries.update(shard.entries())
+        self.entries = entries
+        self.shards = {file: Shard(file) for file in {entry.file for entry in entries.values()}}
         known = naming.model_names(skeleton, self.entries)
         for name in _leftovers(skeleton, known):
             del self.entries[known.pop(name)]
@@ -262,7 +247,14 @@ class _Job:
         layers = self.errors.by_kind(matrices)
         weights = sum(layer.weights for layer in layers)
         return ConversionReport(
-            bytes_before, bytes_after, weights, 8 * size / weights, layers, self.kept
+            block_size=self.config.block_size,
+            codebook=self.config.codebook,
+            bytes_before=bytes_before,
+            bytes_after=bytes_after,
+            weights=weights,
+            bits_per_weight=8 * size / weights,
+            layers=layers,
+            kept=self.kept,
         )
 
 
@@ -274,18 +266,3 @@ def _leftovers(skeleton: Any, names: Iterable[str]) -> list[str]:
     prefix = skeleton.base_model_prefix
     own = {name.removeprefix(f"{prefix}.") for name in skeleton.state_dict()}
     return [n for n in names if n.removeprefix(f"{prefix}.") not in own and ignored.search(n)]
-
-
-def _skeleton(directory: Path) -> tuple[Any, Any]:
-    """Returns the model's configuration and the model without data."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method")
-        raise ValueError(f"{directory}: is quantized already ({method})")
-    name = (getattr(config, "architectures", None) or [""])[0]
-    with torch.device("meta"):
-        if hasattr(transformers, name):
-            return config, getattr(transformers, name)(config)
-        return config, transformers.AutoModelForCausalLM.from_config(config)

@@ -29,7 +29,7 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         # Again: someone else may have filled it meanwhile.
         _check_target(target, overwrite)
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             _sync(path)
         _put(partial, target)
         _sync(target.parent)

@@ -4,7 +4,7 @@ Transformers renames tensors of some families when it loads and saves, and fuses
 parts of 8-bit weights are renamed as the weights are; fused or split they cannot be.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -41,10 +41,19 @@ def base_name(module: str, prefix: str, own_name: str, names: Mapping[str, str])
     prefix: the attribute that holds the body of a model with a head. A checkpoint of the body alone
     lacks it, and so does a model that is the body. names: see `model_names`.
     """
-    for base in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+    for base in _spellings(module, prefix):
         if name := names.get(f"{base}.{own_name}"):
             return name.removesuffix(f".{own_name}")
     return None
+
+
+def module_name(base: str, prefix: str, modules: Container[str]) -> str | None:
+    """Returns the model's name for a module of the checkpoint, None if the model lacks it."""
+    return next((name for name in _spellings(base, prefix) if name in modules), None)
+
+
+def _spellings(module: str, prefix: str) -> tuple[str, str, str]:
+    return module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")
 
 
 def keep_parts_whole(model: Any, layers: Iterable[str]) -> list[Any]:

@@ -32,17 +32,22 @@ class LayerError:
 class ConversionReport:
     """What `convert_checkpoint` did.
 
+    block_size, codebook: of what was written.
     bytes_before, bytes_after: of the weight files. weights: how many were quantized, at
     bits_per_weight with scales and codebooks. layers: the error of each kind.
     kept: names of the Linear and Embedding modules left in float.
+    adapters: how many modules have an adapter, found in the source and written beside the model.
     """
 
+    block_size: int
+    codebook: str
     bytes_before: int
     bytes_after: int
     weights: int
     bits_per_weight: float
     layers: list[LayerError]
     kept: list[str]
+    adapters: int = 0
 
 
 @dataclass

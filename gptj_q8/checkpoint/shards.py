@@ -22,6 +22,7 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _BIN_WEIGHTS = "pytorch_model.bin"
+_BIN_INDEX = f"{_BIN_WEIGHTS}.index.json"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,16 +36,23 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What reading a pickle of random bytes can raise beside what PyTorch means to raise.
+_DAMAGED_PICKLE = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor. dtype: None for one that this package has no use for."""
+    """What a header says of one tensor.
+
+    dtype: None for one that this package has no use for. name: in the file, where that is another
+    than the name that the entry is listed by.
+    """
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     file: str
+    name: str = ""
 
     @property
     def numel(self) -> int:
@@ -61,16 +69,13 @@ def find(directory: Path) -> list[Path]:
     FileNotFoundError names what is missing: every file, or one that the index lists. ValueError for
     a damaged index.
     """
-    for name in (WEIGHTS, INDEX, _BIN_WEIGHTS, f"{_BIN_WEIGHTS}.index.json"):
+    for name in (WEIGHTS, INDEX, _BIN_WEIGHTS, _BIN_INDEX):
         path = directory / name
         if not path.exists():
             continue
         if not name.endswith(".index.json"):
             return [path]
-        try:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: truncated or damaged: {error!r}") from error
+        shards = sorted(set(_read_index(path).values()))
         missing = [shard for shard in shards if not (directory / shard).exists()]
         if missing:
             raise FileNotFoundError(
@@ -78,6 +83,32 @@ def find(directory: Path) -> list[Path]:
             )
         return [directory / shard for shard in shards]
     raise FileNotFoundError(f"{directory}: holds neither {WEIGHTS} nor {_BIN_WEIGHTS} nor an index")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns the name of the shard that each tensor is in."""
+    try:
+        shards = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        if not all(isinstance(shard, str) for shard in shards.values()):
+            raise TypeError("names of shards must be text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or damaged: {error!r}") from error
+    return shards
+
+
+def check_index(entries: Mapping[str, Entry]) -> None:
+    """ValueError unless every tensor is in the shard that the index beside it names.
+
+    Of shards that were mixed up, Transformers would load what there is and draw the rest at random.
+    """
+    files = {Path(entry.file) for entry in entries.values()}
+    first = next(iter(files), Path())
+    index = first.parent / (INDEX if first.suffix == ".safetensors" else _BIN_INDEX)
+    if first.name in (WEIGHTS, _BIN_WEIGHTS) or not index.exists():
+        return
+    for name, shard in _read_index(index).items():
+        if name not in entries or Path(entries[name].file).name != shard:
+            raise ValueError(f"{index.parent / shard}: lacks {name}, which {index.name} has there")
 
 
 class Shard:
@@ -100,8 +131,7 @@ class Shard:
         file = str(self.path)
         if self.path.suffix != ".safetensors":
             with self._damage_named():
-                state = torch.load(self.path, map_location="meta", weights_only=True)
-            tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+                tensors = _tensors(torch.load(self.path, map_location="meta", weights_only=True))
             return {
                 name: Entry(tensor.dtype, tuple(tensor.shape), file)
                 for name, tensor in tensors.items()
@@ -126,8 +156,26 @@ class Shard:
     def _damage_named(self) -> Iterator[None]:
         try:
             yield
-        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            # PyTorch's message advises to load the file unsafely.
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            if wanted is None:
+                raise ValueError(
+                    f"{self.path}: truncated or damaged, or no plain state dict"
+                ) from error
+            raise ValueError(
+                f"{self.path}: refused, for it is no plain state dict: it asks for {wanted[1]}, "
+                "which was not run"
+            ) from error
+        except (SafetensorError, RuntimeError, EOFError, *_DAMAGED_PICKLE) as error:
             raise ValueError(f"{self.path}: truncated or damaged: {error}") from error
+
+
+def _tensors(state: object) -> dict[str, Tensor]:
+    """The tensors of what a pickle held."""
+    if not isinstance(state, Mapping):
+        raise RuntimeError(f"it holds no state dict but a {type(state).__name__}")
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -138,7 +186,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         if "mmap" not in str(error):
             raise
         state = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return _tensors(state)
 
 
 def plan(entries: Mapping[str, Entry], max_shard_size: int) -> list[list[str]]:

@@ -1,12 +1,12 @@
 """What the headers of a stored 8-bit checkpoint must say, checked before its data is read."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from gptj_q8.checkpoint.shards import Entry, Shard
-from gptj_q8.checks import DtypeError
+from gptj_q8.checkpoint.shards import Entry, Shard, check_index
+from gptj_q8.checks import one_of_dtypes
 from gptj_q8.config import check_format_version
 
 PARTS = ("codes", "absmax", "codebook")
@@ -26,14 +26,19 @@ def guard(first: str) -> tuple[str, torch.Tensor]:
 def entries(files: Iterable[str | os.PathLike[str]]) -> dict[str, Entry]:
     """Returns what the files hold, by tensor name.
 
-    ValueError, naming the file, for a damaged one and for one of a newer format.
+    ValueError, naming file and tensor, for a damaged file, for one of a newer format, and for
+    shards that do not belong together or are not those of the index beside them.
     """
-    found = {}
+    found: dict[str, Entry] = {}
     for path in files:
         shard = Shard(path)
         if "format_version" in shard.metadata:
             check_format_version(shard.metadata["format_version"], str(path))
-        found.update(shard.entries())
+        for name, entry in shard.entries().items():
+            if name in found:
+                raise ValueError(f"{path}: holds {name}, which {found[name].file} holds too")
+            found[name] = entry
+    check_index(found)
     return found
 
 
@@ -47,28 +52,43 @@ def check(entries: Mapping[str, Entry], block_size: int) -> None:
 
     TypeError for a part of another dtype. Both name the tensor and its file.
     """
-    for name in quantized_names(entries):
-        codes = entries[f"{name}.codes"]
-        for part in PARTS[1:]:
-            if f"{name}.{part}" not in entries:
-                raise ValueError(
-                    f"{codes.file}: {name}.codes is there but {name}.{part} is missing"
-                )
-        absmax, codebook = (entries[f"{name}.{part}"] for part in PARTS[1:])
-        _check_dtype(f"{name}.codes", codes, torch.uint8)
-        _check_dtype(f"{name}.absmax", absmax, torch.float32)
-        _check_dtype(f"{name}.codebook", codebook, torch.float32)
+    names = {part: part for part in PARTS}
+    where = f"at block_size {block_size} (config.json)"
+    check_parts(entries, quantized_names(entries), names, block_size, where, (torch.float32,))
+
+
+def check_parts(
+    entries: Mapping[str, Entry],
+    modules: Iterable[str],
+    spelled: Mapping[str, str],
+    block_size: int,
+    where: str,
+    scales: Sequence[torch.dtype],
+) -> None:
+    """Does what `check` does for any spelling of the parts.
+
+    spelled: name of each of PARTS there; where: what says so of the block size, for the message;
+    scales: the dtypes that absmax and codebook may have.
+    """
+    for module in modules:
+        names = [f"{module}.{spelled[part]}" for part in PARTS]
+        there = next(name for name in names if name in entries)
+        for name in names:
+            if name not in entries:
+                raise ValueError(f"{entries[there].file}: {there} is there but {name} is missing")
+        codes, absmax, codebook = (entries[name] for name in names)
+        _check_dtype(names[0], codes, torch.uint8)
+        _check_dtype(names[1], absmax, *scales)
+        _check_dtype(names[2], codebook, *scales)
         blocks = -(-codes.numel // block_size)
         if absmax.shape != (blocks,):
             raise ValueError(
-                f"{absmax.file}: {name}.absmax must have shape [{blocks}] for "
-                f"{codes.numel} codes at block_size {block_size} (config.json), "
-                f"got {list(absmax.shape)}"
+                f"{absmax.file}: {names[1]} must have shape [{blocks}] for "
+                f"{codes.numel} codes {where}, got {list(absmax.shape)}"
             )
         if codebook.shape != _CODEBOOK_SHAPE:
             raise ValueError(
-                f"{codebook.file}: {name}.codebook must have shape [256], "
-                f"got {list(codebook.shape)}"
+                f"{codebook.file}: {names[2]} must have shape [256], got {list(codebook.shape)}"
             )
 
 
@@ -77,13 +97,10 @@ def check_shape(entries: Mapping[str, Entry], name: str, shape: torch.Size) -> N
     entry = entries[name]
     if entry.shape != tuple(shape):
         raise ValueError(
-            f"{entry.file}: {name} must have shape {list(shape)} for this model, "
+            f"{entry.file}: {entry.name or name} must have shape {list(shape)} for this model, "
             f"got {list(entry.shape)}"
         )
 
 
-def _check_dtype(name: str, entry: Entry, dtype: torch.dtype) -> None:
-    if entry.dtype != dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        got = str(entry.dtype).removeprefix("torch.")
-        raise DtypeError(f"{entry.file}: {name} must be {wanted}, got {got}")
+def _check_dtype(name: str, entry: Entry, *allowed: torch.dtype) -> None:
+    one_of_dtypes(entry.file, name, entry.dtype, *allowed)

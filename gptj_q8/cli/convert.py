@@ -80,7 +80,7 @@ def convert_command(
             load.quieten()
             import torch
 
-            from gptj_q8.checkpoint import convert_checkpoint
+            from gptj_q8.checkpoint import ADAPTER, convert_checkpoint
             from gptj_q8.config import Q8Config
 
             config = Q8Config(block_size, codebook, keep or None)
@@ -96,14 +96,16 @@ def convert_command(
             )
         seconds = time.perf_counter() - started
         say_report(screen, report)
+        if report.adapters:
+            screen.say()
+            place = destination / ADAPTER
+            screen.say(f"The adapters of {report.adapters} modules are for PEFT, in {place}")
         screen.say()
         screen.say(f"Saved in {destination} after {seconds:.1f} s.")
         screen.result(
             {
                 "source": source,
                 "destination": str(destination),
-                "block_size": block_size,
-                "codebook": codebook,
                 "seconds": seconds,
                 **asdict(report),
             }
@@ -118,6 +120,8 @@ def say_report(screen: Screen, report: ConversionReport) -> None:
         f"({100 * share:.0f} %), {report.bits_per_weight:.2f} bits per weight"
     )
     screen.say()
+    if not any(layer.relative_rmse for layer in report.layers):
+        screen.say("Its 8-bit weights were kept.")
     rows = [
         (layer.kind, str(layer.tensors), f"{layer.weights:,}", f"{100 * layer.relative_rmse:.3f} %")
         for layer in report.layers

@@ -64,11 +64,10 @@ def device(name: str) -> torch.device:
 def model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
     """Loads a model, original or 8-bit, ready to run."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    import gptj_q8.hf  # noqa: F401  (registers the quantizer with Transformers)
+    from gptj_q8.pretrained import load_as_stored
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: PreTrainedModel = load_as_stored(
         model_path(name),
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         device_map={"": on},

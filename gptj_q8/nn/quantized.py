@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_q8 import checks, ops
-from gptj_q8.codebooks import CODEBOOKS, check_codebook, check_name
+from gptj_q8.codebooks import CODEBOOKS, check_levels, check_name
 from gptj_q8.nn.weight import LazyWeight
 
 HIVEMIND_NAMES = {"codes": "weight", "absmax": "absmax", "codebook": "code"}
@@ -210,9 +210,7 @@ class QuantizedWeight(nn.Module):
         """Also takes the seed's names, and refuses values that cannot be right."""
         weight = state_dict.get(prefix + "weight")
         if prefix + "codes" not in state_dict and weight is not None:
-            for ours, theirs in HIVEMIND_NAMES.items():
-                if prefix + theirs in state_dict:
-                    state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+            _rename_old_parts(state_dict, prefix)
         elif weight is not None and weight.numel() == 0:
             del state_dict[prefix + "weight"]  # stored to warn those who do not know codes
         try:
@@ -235,6 +233,34 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     vars(new).update(state)
 
 
+def _rename_old_parts(state_dict: dict[str, Any], prefix: str) -> None:
+    """Gives the parts of an old checkpoint their names here, and sorts its levels."""
+    for ours, theirs in HIVEMIND_NAMES.items():
+        if prefix + theirs in state_dict:
+            state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+    codes, codebook = (state_dict.get(prefix + part) for part in ("codes", "codebook"))
+    if codes is not None and codebook is not None and codes.dtype == torch.uint8:
+        state_dict[prefix + "codes"], state_dict[prefix + "codebook"] = sort_levels(codes, codebook)
+
+
+def sort_levels(codes: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both with the levels in ascending order; every weight decodes to the same bits.
+
+    codes: uint8, any shape. codebook: float [256], of an old checkpoint, whose table nothing
+    forces to be sorted. What is sorted already, or has no data (meta), comes back as it is.
+    """
+    if codes.is_meta or codebook.is_meta or codebook.shape != (256,):
+        return codes, codebook
+    order = codebook.argsort(stable=True)
+    if torch.equal(codebook[order], codebook):
+        return codes, codebook
+    place = torch.empty(256, dtype=torch.uint8, device=codebook.device)
+    place[order] = torch.arange(256, dtype=torch.uint8, device=codebook.device)
+    # PyTorch indexes with int64 only, so in slabs.
+    slabs = [place[slab.long()] for slab in codes.flatten().split(1 << 20)]
+    return torch.cat(slabs).view(codes.shape), codebook[order]
+
+
 def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
     """Checks the values of a stored weight's parts, those of them that are there.
 
@@ -250,4 +276,4 @@ def check_stored_parts(name: str, tensors: dict[str, Any], prefix: str) -> None:
         if absmax.numel() and absmax.min() < 0:
             raise ValueError(f"{name}: absmax must not be negative, got {float(absmax.min())}")
     if codebook is not None and not codebook.is_meta:
-        check_codebook(codebook.float(), name)
+        check_levels(codebook.float(), name)

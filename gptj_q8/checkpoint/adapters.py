@@ -1,0 +1,165 @@
+"""The adapters in checkpoints of the hivemind family, and what they are to PEFT.
+
+A module's adapter is a Sequential of two matrices without biases, y = module(x) + B(A(x)): of an
+nn.Linear A is (r, in) and B (out, r), of an nn.Embedding A is a table (V, r) and B (d, r). They
+are stored as `adapter.0.weight` and `adapter.1.weight`, or `adapter.2.weight` where dropout stands
+between them. That is LoRA with a scaling of 1: PEFT's with alpha = r.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gptj_q8.checkpoint import naming
+from gptj_q8.checkpoint.shards import Entry
+from gptj_q8.checks import FLOATS, one_of_dtypes
+
+logger = logging.getLogger(__name__)
+
+# What PEFT puts before the names of the model that it wraps.
+_WRAPPED = "base_model.model."
+_PART = re.compile(r"(.+)\.adapter\.(\d+)\.weight")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One module's adapter.
+
+    module: its name in the model; embeds: whether it is an nn.Embedding; first, second: names of
+    A and B in the checkpoint.
+    """
+
+    module: str
+    embeds: bool
+    rank: int
+    first: str
+    second: str
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor of this name belongs to an adapter."""
+    return ".adapter." in name
+
+
+def find(entries: Mapping[str, Entry], model: Any) -> list[Adapter]:
+    """Returns the adapters that a checkpoint holds for the modules of `model`.
+
+    ValueError or TypeError, naming file and tensor, for one of another form or shape. Those of
+    modules that the model lacks, such as another head, are left out.
+    """
+    found = []
+    modules = dict(model.named_modules())
+    for owner, (first, second) in _pairs(entries).items():
+        name = naming.module_name(owner, model.base_model_prefix, modules)
+        if name is None:
+            logger.warning("%s: %s has no module for it, so it is left out", first, type(model))
+            continue
+        embeds = isinstance(modules[name], nn.Embedding)
+        rank = _check(entries, first, second, modules[name].weight.shape, embeds)
+        found.append(Adapter(name, embeds, rank, first, second))
+    return found
+
+
+def _pairs(entries: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
+    """Returns the names of A and B by the module's name in the checkpoint."""
+    parts: dict[str, dict[int, str]] = {}
+    for name in filter(is_part, entries):
+        match = _PART.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{entries[name].file}: {name} is no part of an adapter known here")
+        parts.setdefault(match[1], {})[int(match[2])] = name
+    for owner, numbered in parts.items():
+        if sorted(numbered) not in ([0, 1], [0, 2]):
+            there = ", ".join(numbered.values())
+            raise ValueError(
+                f"{entries[next(iter(numbered.values()))].file}: the adapter of {owner} must be "
+                f"the weights 0 and 1, or 0 and 2, got {there}"
+            )
+    return {owner: (numbered[0], numbered[max(numbered)]) for owner, numbered in parts.items()}
+
+
+def _check(
+    entries: Mapping[str, Entry], first: str, second: str, shape: Sequence[int], embeds: bool
+) -> int:
+    """Returns the rank; ValueError or TypeError unless A and B fit a weight of this shape."""
+    for name in (first, second):
+        one_of_dtypes(entries[name].file, name, entries[name].dtype, *FLOATS)
+    rank = entries[second].shape[-1] if entries[second].shape else 0
+    (rows, columns) = shape
+    wanted = {
+        first: (rows, rank) if embeds else (rank, columns),
+        second: (columns if embeds else rows, rank),
+    }
+    for name, expected in wanted.items():
+        if entries[name].shape != expected:
+            raise ValueError(
+                f"{entries[name].file}: {name} must have shape {list(expected)} for this model, "
+                f"got {list(entries[name].shape)}"
+            )
+    return rank
+
+
+def peft_config(adapters: Sequence[Adapter], model: Any, base: str) -> Any:
+    """Returns the LoraConfig that gives `model` such adapters; base: where the model is stored."""
+    from peft import LoraConfig
+
+    ranks = {adapter.module: adapter.rank for adapter in adapters}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    return LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=_short_names(ranks, model),
+        lora_dropout=0.0,  # of the old adapters' dropout nothing is stored
+        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        base_model_name_or_path=base,
+    )
+
+
+def _short_names(names: Iterable[str], model: Any) -> list[str]:
+    """Returns last components that match the modules of these names only, or else the names."""
+    names = set(names)
+    short = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if matched == names else names)
+
+
+def peft_state(adapters: Iterable[Adapter], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of the adapters under PEFT's names; read: gives one of the checkpoint."""
+    state = {}
+    for adapter in adapters:
+        name = f"{_WRAPPED}{adapter.module}"
+        first, second = read(adapter.first), read(adapter.second)
+        if adapter.embeds:
+            state[f"{name}.lora_embedding_A"] = first.T.contiguous()
+            state[f"{name}.lora_embedding_B"] = second
+        else:
+            state[f"{name}.lora_A.weight"] = first
+            state[f"{name}.lora_B.weight"] = second
+    return state
+
+
+def save(directory: Path, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    directory.mkdir()
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    save_file(dict(state), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def attach(model: Any, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Gives a loaded Transformers model the adapters, active and trainable."""
+    from peft import set_peft_model_state_dict
+
+    model.add_adapter(config)
+    own = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
+    result = set_peft_model_state_dict(model, own)
+    assert not result.unexpected_keys

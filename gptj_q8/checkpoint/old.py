@@ -1,0 +1,100 @@
+"""Checkpoints of the hivemind/gpt-j-6B-8bit family: what their headers hold and must hold.
+
+An 8-bit weight stands there as `weight` (uint8), `absmax` and `code` (float32 or float16), in
+blocks of 4096; everything else has its usual name. There are causal masks among the tensors, and
+adapters where the model was fine-tuned (see `adapters.py`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from gptj_q8.checkpoint import adapters, naming, stored
+from gptj_q8.checkpoint.shards import Entry
+from gptj_q8.checks import FLOATS
+from gptj_q8.models import LEFTOVERS
+from gptj_q8.models.layers import stand_in
+from gptj_q8.nn.quantized import HIVEMIND_NAMES
+
+BLOCK_SIZE = 4096
+CODEBOOK = "dynamic"
+"""The family's map, for config.json; each weight keeps the table that it is stored with."""
+
+
+def quantized_names(names: Iterable[str]) -> list[str]:
+    """Returns the modules whose weights are stored in the old way; none for other checkpoints."""
+    there = set(names)
+    found = dict.fromkeys(
+        name.rpartition(".")[0] for name in there if name.endswith((".absmax", ".code"))
+    )
+    return sorted(
+        name for name in found if not {f"{name}.codes", f"{name}.codebook"} & there and name
+    )
+
+
+def check(entries: Mapping[str, Entry]) -> None:
+    """ValueError unless the parts of every 8-bit weight are there and fit each other.
+
+    TypeError for a part of another dtype. Both name the tensor and its file.
+    """
+    names = quantized_names(entries)
+    stored.check_parts(entries, names, HIVEMIND_NAMES, BLOCK_SIZE, "in such a checkpoint", FLOATS)
+    for name in names:
+        if len((codes := entries[f"{name}.weight"]).shape) != 2:
+            raise ValueError(
+                f"{codes.file}: {name}.weight must have 2 dimensions, got {list(codes.shape)}"
+            )
+
+
+def renamed(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns what today's model takes of a checked checkpoint, under our names and dtypes."""
+    kept = {name: entry for name, entry in entries.items() if not is_dropped(name)}
+    for name in quantized_names(entries):
+        for ours, theirs in HIVEMIND_NAMES.items():
+            entry = kept.pop(f"{name}.{theirs}")
+            dtype = torch.uint8 if ours == "codes" else torch.float32
+            kept[f"{name}.{ours}"] = Entry(dtype, entry.shape, entry.file, f"{name}.{theirs}")
+    return kept
+
+
+def is_dropped(name: str) -> bool:
+    """Whether a tensor is a causal mask, its fill value, or part of an adapter."""
+    return adapters.is_part(name) or any(re.search(pattern, name) for pattern in LEFTOVERS)
+
+
+def check_model(entries: Mapping[str, Entry], model: Any) -> None:
+    """ValueError unless the checkpoint is one of this model, but for its head.
+
+    entries: as stored. model: a Transformers model without data.
+    """
+    prefix = model.base_model_prefix
+    modules = dict(model.named_modules())
+    for name in quantized_names(entries):
+        in_body = name.startswith(f"{prefix}.")
+        if in_body and naming.module_name(name, prefix, modules) is None:
+            raise ValueError(
+                f"{entries[f'{name}.weight'].file}: holds {name}.weight, which "
+                f"{type(model).__name__} has no place for"
+            )
+    in_model = f"{prefix}." if hasattr(model, prefix) else ""
+    known = naming.model_names(model, entries)
+    for name, module in modules.items():
+        if not name.startswith(in_model) or stand_in(type(module)) is None:
+            continue
+        if naming.base_name(name, prefix, "weight", known) is None:
+            file = next(iter(entries.values())).file
+            raise ValueError(f"{file}: lacks {name}.weight, which {type(model).__name__} needs")
+
+
+def renamings(entries: Mapping[str, Entry]) -> list[Any]:
+    """Returns how Transformers is to rename what it reads of such a checkpoint."""
+    from transformers.core_model_loading import WeightRenaming
+
+    modules = "|".join(name.replace(".", r"\.") for name in quantized_names(entries))
+    return [
+        WeightRenaming(rf"^({modules})\.{theirs}$", rf"\1.{ours}")
+        for ours, theirs in HIVEMIND_NAMES.items()
+        if ours != theirs
+    ]

@@ -1,0 +1,59 @@
+"""The model to convert: its folder, its configuration, what goes along with its weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What goes along with the weights as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def local_directory(source: str | Path, revision: str | None) -> Path:
+    """Returns the directory of `source`, downloaded if it is a Hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
+        raise FileNotFoundError(f"{source}: neither a directory nor a Hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["model*.safetensors", "*.json", *COMPANIONS]
+    try:
+        directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if not any(directory.glob("model*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is no folder here and could not be fetched from the Hub: {reason}"
+        ) from error
+    return directory
+
+
+def empty_model(directory: Path) -> tuple[Any, Any]:
+    """Returns the model's configuration and the model without data."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(f"{directory}: is quantized already ({method})")
+    name = (getattr(config, "architectures", None) or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, name):
+            return config, getattr(transformers, name)(config)
+        return config, transformers.AutoModelForCausalLM.from_config(config)

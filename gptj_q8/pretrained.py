@@ -1,0 +1,76 @@
+"""Loads a model in 8 bits, in whatever form it is stored."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from gptj_q8.checkpoint import old, stored
+from gptj_q8.checkpoint.shards import find
+from gptj_q8.checkpoint.source import local_directory
+from gptj_q8.config import QUANT_METHOD, Q8Config
+
+# What from_pretrained must know to find config.json.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *model_args: Any,
+    quantization_config: Q8Config | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Loads a causal language model in 8 bits, whether it is stored so or in float.
+
+    Checkpoints of the hivemind/gpt-j-6B-8bit family keep their codes, scales and tables; adapters
+    in them are attached as PEFT's. For other models `import gptj_q8` and
+    `AutoModel...from_pretrained` do as well.
+    quantization_config: how to quantize a float model; None means `Q8Config()`.
+    Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
+    another method has quantized, for damaged files, and for a pickle that asks to run code.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = kwargs.get("config")
+    if config is None or isinstance(config, str | os.PathLike):
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        config = AutoConfig.from_pretrained(config or name_or_path, **hub)
+    present = getattr(config, "quantization_config", None) or {}
+    method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(f"{name_or_path}: is quantized already ({method})")
+    if quantization_config is not None or not present:
+        kwargs["quantization_config"] = quantization_config or Q8Config()
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        # Transformers looks into a pickle before our quantizer does, if config.json has no dtype.
+        if Path(name_or_path).is_dir():
+            stored.entries(find(Path(name_or_path)))  # names the file and its fault
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{name_or_path}: its weights are no plain state dict") from error
+        raise
+
+
+def load_as_stored(name: str, **kwargs: Any) -> Any:
+    """Loads a causal language model in floats or in 8 bits, as it is stored.
+
+    name: a directory or a Hub id; the rest as in `from_pretrained`. Transformers alone takes the
+    8-bit weights of the hivemind family, of which config.json says nothing, for floats.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = local_directory(name)
+    if old.quantized_names(stored.entries(find(directory))):
+        return from_pretrained(directory, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(directory, **kwargs)

@@ -1,0 +1,266 @@
+"""Checkpoints of the hivemind family, loaded and converted, against what the old code computes."""
+
+from __future__ import annotations
+
+import hivemind_layout as old
+import pytest
+import torch
+from command_line import float32, read_json, run, save_byte_gptj
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import contents, load, logits, relative
+from transformers import AutoModelForCausalLM
+
+import gptj_q8
+from gptj_q8.checkpoint import convert_checkpoint
+from gptj_q8.config import Q8Config
+from gptj_q8.hf import layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# float32 against float64; the old code was in float32 too.
+CLOSE = 1e-6
+FORMS = ("bin", "safetensors", "bin-shards", "safetensors-shards")
+
+
+def assert_same_weights(model, state) -> None:
+    """Every 8-bit layer has the codes, scales and table that are stored, and decodes to them."""
+    stored = {name.removesuffix(".code") for name in state if name.endswith(".code")}
+    found = dict(layers(model))
+    assert {name.removesuffix(".base_layer") for name in found} == stored
+    for name, layer in found.items():
+        weight, absmax, code = (
+            state[f"{name.removesuffix('.base_layer')}.{part}"]
+            for part in ("weight", "absmax", "code")
+        )
+        assert layer.block_size == 4096
+        assert torch.equal(layer.codes, weight), name
+        assert torch.equal(layer.absmax, absmax.float()), name
+        assert torch.equal(layer.codebook, code.float()), name
+        assert torch.equal(layer.dequantize(), old.decode(weight, absmax, code)), name
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_loading(tmp_path, form, scales):
+    state = old.state_dict(scales=scales)
+    model = gptj_q8.from_pretrained(old.write(tmp_path, state, form))
+    assert_same_weights(model, state)
+    assert float(model.lm_head.codebook[0]) == -1
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+    assert model.dtype == torch.float32
+    assert model.config.quantization_config.block_size == 4096
+
+
+@pytest.mark.parametrize("kind", old.ADAPTERS[1:])
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_loading_with_adapters(tmp_path, form, kind):
+    state = old.state_dict(adapters=kind)
+    model = gptj_q8.from_pretrained(old.write(tmp_path, state, form))
+    assert_same_weights(model, state)
+    expected = old.old_logits(state)
+    assert relative(logits(model), expected) < CLOSE
+    assert relative(old.old_logits(old.state_dict()), expected) > 0.01  # adapters matter
+
+
+def test_nothing_is_told_missing_or_left(tmp_path):
+    """Masks and adapters are known, and no weight is drawn at random."""
+    old.write(tmp_path, old.state_dict(adapters="hivemind"))
+    gptj_q8_model, info = gptj_q8.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert gptj_q8_model.is_quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtype(tmp_path, dtype):
+    state = old.state_dict()
+    model = gptj_q8.from_pretrained(old.write(tmp_path, state), dtype=dtype)
+    assert model.dtype == dtype
+    assert {layer.absmax.dtype for _, layer in layers(model)} == {torch.float32}
+    assert relative(logits(model), old.old_logits(state)) < 0.02
+
+
+def test_dtype_of_the_floats_where_config_says_nothing(tmp_path):
+    state = old.state_dict(floats=torch.float16, scales=torch.float16)
+    old.write(tmp_path / "old", state)
+    path = tmp_path / "old" / "config.json"
+    path.write_text(path.read_text().replace('"torch_dtype": "float32", ', ""))
+    assert "dtype" not in path.read_text()
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert load(tmp_path / "new").dtype == torch.float16
+    assert gptj_q8.from_pretrained(tmp_path / "old").dtype == torch.float16
+
+
+def test_saving_what_was_loaded(tmp_path):
+    state = old.state_dict()
+    model = gptj_q8.from_pretrained(old.write(tmp_path / "old", state))
+    model.save_pretrained(tmp_path / "new")
+    again = load(tmp_path / "new")
+    assert_same_weights(again, state)
+    assert torch.equal(logits(again), logits(model))
+    assert "lm_head.code" not in load_file(tmp_path / "new" / "model.safetensors")
+
+
+def test_other_ways_to_load(tmp_path):
+    state = old.state_dict()
+    old.write(tmp_path, state, "safetensors")
+    by_class = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Q8Config())
+    assert_same_weights(by_class, state)
+    placed = gptj_q8.from_pretrained(tmp_path, device_map="auto")
+    assert_same_weights(placed, state)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_disk_offload(tmp_path, form):
+    state = old.state_dict(scales=torch.float16)
+    model = gptj_q8.from_pretrained(
+        old.write(tmp_path / "old", state, form),
+        device_map={"transformer": "cpu", "lm_head": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert model.lm_head.codes.is_meta
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+
+
+# Tables that our own format would not have
+
+
+def unusual_tables() -> dict[str, torch.Tensor]:
+    table = old.dynamic_map()
+    shuffled = table[torch.randperm(256, generator=torch.Generator().manual_seed(3))]
+    return {
+        "unsorted": shuffled,
+        "no zero": torch.linspace(-1, 1, 256),
+        "repeated": table.clamp(min=-0.5),
+    }
+
+
+@pytest.mark.parametrize("which", ["unsorted", "no zero", "repeated"])
+@pytest.mark.parametrize("convert", [False, True])
+def test_unusual_tables_decode_to_the_same_bits(tmp_path, which, convert):
+    """What is not sorted gets sorted, codes and all; a 0 is needed to encode only."""
+    table = unusual_tables()[which]
+    state = old.state_dict(table)
+    old.write(tmp_path / "old", state)
+    model = gptj_q8.from_pretrained(tmp_path / "old")
+    if convert:
+        convert_checkpoint(tmp_path / "old", tmp_path / "new")
+        model = load(tmp_path / "new")
+    if which != "unsorted":
+        assert_same_weights(model, state)
+    for name, layer in layers(model):
+        parts = (state[f"{name}.{part}"] for part in ("weight", "absmax", "code"))
+        assert torch.equal(layer.dequantize(), old.decode(*parts)), name
+        assert torch.equal(layer.codebook, table.sort().values)
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", old.ADAPTERS)
+def test_conversion(tmp_path, form, kind):
+    state = old.state_dict(adapters=kind)
+    old.write(tmp_path / "old", state, form)
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    report = convert_checkpoint(tmp_path / "old", tmp_path / "new", max_shard_size="60KB")
+    base = load(tmp_path / "new")
+    assert_same_weights(base, state)
+    assert relative(logits(base), old.old_logits(old.state_dict())) < CLOSE
+    names = set(contents(tmp_path / "new"))
+    assert {name for name in names if name.startswith("adapter")} == (
+        set()
+        if kind == "none"
+        else {f"adapter/adapter_{x}" for x in ("config.json", "model.safetensors")}
+    )
+    assert "tokenizer.json" in names
+    assert report.adapters == {"none": 0, "attention": 8}.get(kind, 14)
+    assert (report.kept, {layer.relative_rmse for layer in report.layers}) == ([], {0.0})
+    assert report.weights == sum(t.numel() for t in state.values() if t.dtype == torch.uint8) - (
+        2 * 64 * 64  # the masks
+    )
+    if kind != "none":
+        tuned = PeftModel.from_pretrained(base, tmp_path / "new" / "adapter")
+        assert relative(logits(tuned), old.old_logits(state)) < CLOSE
+
+
+def test_adapters_go_to_any_model_of_the_kind(tmp_path):
+    """They are plain PEFT: a scaling of 1, by short names, on a float model too."""
+    state = old.state_dict(adapters="attention")
+    convert_checkpoint(old.write(tmp_path / "old", state), tmp_path / "new")
+    model = load(tmp_path / "new").dequantize()
+    tuned = PeftModel.from_pretrained(model, tmp_path / "new" / "adapter")
+    config = tuned.peft_config["default"]
+    assert set(config.target_modules) == {"k_proj", "v_proj", "q_proj", "out_proj"}
+    assert (config.r, config.lora_alpha) == (old.RANK, old.RANK)
+    assert relative(logits(tuned), old.old_logits(state)) < CLOSE
+    merged = tuned.merge_and_unload()
+    assert relative(logits(merged), old.old_logits(state)) < CLOSE
+
+
+def test_adapters_of_some_modules_and_several_ranks(tmp_path):
+    state = old.state_dict(adapters="hivemind")
+    for name in [n for n in state if ".adapter." in n and ".h.0.mlp" in n]:
+        del state[name]
+    state["lm_head.adapter.0.weight"] = torch.randn(5, 48) * 0.1
+    state["lm_head.adapter.1.weight"] = torch.randn(130, 5) * 0.1
+    convert_checkpoint(old.write(tmp_path / "old", state), tmp_path / "new")
+    tuned = PeftModel.from_pretrained(load(tmp_path / "new"), tmp_path / "new" / "adapter")
+    expected = old.old_logits(state)
+    assert relative(logits(tuned), expected) < CLOSE
+    assert relative(logits(gptj_q8.from_pretrained(tmp_path / "old")), expected) < CLOSE
+
+
+def test_overwriting_and_progress(tmp_path):
+    old.write(tmp_path / "old", old.state_dict(adapters="dropout"))
+    seen: list[tuple[int, int]] = []
+    for _ in range(2):
+        convert_checkpoint(
+            tmp_path / "old",
+            tmp_path / "new",
+            overwrite=True,
+            on_progress=lambda *step: seen.append(step),
+        )
+    assert seen[-1][0] == seen[-1][1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_a_head_of_another_kind(tmp_path):
+    """The body of the model is there, the new head is reported as for any checkpoint."""
+    from transformers import GPTJForSequenceClassification
+
+    old.write(tmp_path, old.state_dict())
+    model, info = GPTJForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=Q8Config(), output_loading_info=True
+    )
+    assert info["missing_keys"] == {"score.weight"}
+    assert type(model.score) is torch.nn.Linear
+
+
+def test_float_checkpoints_are_none_of_these(float_dir, stored_dir):
+    assert gptj_q8.from_pretrained(float_dir).lm_head.block_size == 256
+    assert gptj_q8.from_pretrained(stored_dir).lm_head.block_size == 256
+
+
+@pytest.mark.parametrize("kind", ["none", "hivemind"])
+def test_command_line(tmp_path, kind):
+    model = float32(save_byte_gptj(tmp_path / "old", seed=0))
+    (tmp_path / "old" / "model.safetensors").unlink()
+    state = old.state_dict(adapters=kind, model=model)
+    old.write(tmp_path / "old", state, model=model)
+    result = run("convert", tmp_path / "old", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "Its 8-bit weights were kept." in result.stdout
+    adapter = tmp_path / "new" / "adapter"
+    assert (f"in {adapter}" in result.stdout.replace("\n", " ")) == adapter.exists()
+    assert adapter.exists() == (kind != "none")
+    again = run("convert", tmp_path / "old", tmp_path / "new", "--json", "--overwrite")
+    assert {"block_size": 4096, "codebook": "dynamic"}.items() <= read_json(again).items()
+    refused = run("convert", tmp_path / "old", tmp_path / "x", "--block-size", "64")
+    assert (refused.exit_code, "is in 8 bits already" in refused.stderr) == (1, True)
+    said = [
+        read_json(run("generate", path, "En el", "--max-new-tokens", 8, "--greedy", "--json"))
+        for path in (tmp_path / "old", tmp_path / "new")
+    ]
+    assert (said[0]["text"] == said[1]["text"]) == (kind == "none")
