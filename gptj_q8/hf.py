@@ -215,7 +215,9 @@ class Q8HfQuantizer(HfQuantizer):
         for _, layer in layers(model):
             codes, codebook = sort_levels(layer.codes.data, layer.codebook)
             if codebook is not layer.codebook:
-                layer.codes, layer.codebook = FrozenCodes(codes, requires_grad=False), codebook
+                layer.codes = FrozenCodes(codes, requires_grad=False)
+            # In a pickle one table may serve all layers, and what shares memory is not saved.
+            layer.codebook = codebook.clone()
         if self._old_adapters:
             config = adapters.peft_config(self._old_adapters, model, model.name_or_path)
             state = adapters.peft_state(

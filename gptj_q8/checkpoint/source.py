@@ -22,7 +22,7 @@ COMPANIONS = (
 )
 
 
-def local_directory(source: str | Path, revision: str | None) -> Path:
+def local_directory(source: str | Path, revision: str | None = None) -> Path:
     """Returns the directory of `source`, downloaded if it is a Hub id."""
     if Path(source).is_dir():
         return Path(source)

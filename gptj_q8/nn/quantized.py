@@ -240,7 +240,9 @@ def _rename_old_parts(state_dict: dict[str, Any], prefix: str) -> None:
             state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
     codes, codebook = (state_dict.get(prefix + part) for part in ("codes", "codebook"))
     if codes is not None and codebook is not None and codes.dtype == torch.uint8:
-        state_dict[prefix + "codes"], state_dict[prefix + "codebook"] = sort_levels(codes, codebook)
+        codes, codebook = sort_levels(codes, codebook)
+        # In a pickle one table may serve all layers, and what shares memory is not saved.
+        state_dict[prefix + "codes"], state_dict[prefix + "codebook"] = codes, codebook.clone()
 
 
 def sort_levels(codes: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
