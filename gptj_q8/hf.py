@@ -20,7 +20,7 @@ from gptj_q8.checkpoint import adapters, naming, old, stored
 from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
 from gptj_q8.models.layers import Quantized
-from gptj_q8.nn.quantized import FrozenCodes, check_stored_parts, sort_levels
+from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, FrozenCodes, check_stored_parts, sort_levels
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Q8HfQuantizer(HfQuantizer):
         old.check_model(entries, model)
         self._old, self._old_adapters = entries, adapters.find(entries, model)
         self._renamings = old.renamings(entries)
-        self.quantization_config = Q8Config(old.BLOCK_SIZE, old.CODEBOOK)
+        self.quantization_config = Q8Config(HIVEMIND_BLOCK_SIZE, old.CODEBOOK)
         self.pre_quantized = True
         dropped = [name for name in entries if old.is_dropped(name)]
         _ignore_keys(model, "unexpected", [rf"{re.escape(name)}$" for name in dropped])
@@ -216,8 +216,10 @@ class Q8HfQuantizer(HfQuantizer):
             codes, codebook = sort_levels(layer.codes.data, layer.codebook)
             if codebook is not layer.codebook:
                 layer.codes = FrozenCodes(codes, requires_grad=False)
-            # In a pickle one table may serve all layers, and what shares memory is not saved.
-            layer.codebook = codebook.clone()
+            # Transformers 5.17 leaves float16 as it is. In a pickle one table may serve all layers,
+            # and what shares memory is not saved.
+            layer.absmax = layer.absmax.float()
+            layer.codebook = codebook.to(torch.float32, copy=True)
         if self._old_adapters:
             config = adapters.peft_config(self._old_adapters, model, model.name_or_path)
             state = adapters.peft_state(

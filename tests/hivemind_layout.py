@@ -6,6 +6,7 @@ and the old modules' forward pass, so that tests compare with an independent tru
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,9 +172,11 @@ class OldEmbedding(OldLinear):
         return rows
 
 
-def old_model(state: Mapping[str, Tensor]) -> GPTJForCausalLM:
-    """GPT-J in float64 with the old modules in it."""
-    model = gptj().double()
+def old_model(
+    state: Mapping[str, Tensor], original: GPTJForCausalLM | None = None
+) -> GPTJForCausalLM:
+    """GPT-J in float64 with the old modules in it. original: gives its shape, if not a tiny one."""
+    model = (gptj() if original is None else copy.deepcopy(original)).double()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Embedding):
             old = OldLinear if isinstance(module, nn.Linear) else OldEmbedding

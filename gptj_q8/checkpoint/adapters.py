@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptj_q8.checkpoint import naming
 from gptj_q8.checkpoint.shards import Entry
@@ -60,7 +60,7 @@ def find(entries: Mapping[str, Entry], model: Any) -> list[Adapter]:
         if name is None:
             logger.warning("%s: %s has no module for it, so it is left out", first, type(model))
             continue
-        embeds = isinstance(modules[name], nn.Embedding)
+        embeds = hasattr(modules[name], "num_embeddings")
         rank = _check(entries, first, second, modules[name].weight.shape, embeds)
         found.append(Adapter(name, embeds, rank, first, second))
     return found

@@ -6,19 +6,19 @@ adapters where the model was fine-tuned (see `adapters.py`).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from gptj_q8.checkpoint import adapters, naming, stored
 from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.checks import FLOATS
 from gptj_q8.models import LEFTOVERS
 from gptj_q8.models.layers import stand_in
-from gptj_q8.nn.quantized import HIVEMIND_NAMES
+from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, HIVEMIND_NAMES
 
-BLOCK_SIZE = 4096
 CODEBOOK = "dynamic"
 """The family's map, for config.json; each weight keeps the table that it is stored with."""
 
@@ -40,7 +40,8 @@ def check(entries: Mapping[str, Entry]) -> None:
     TypeError for a part of another dtype. Both name the tensor and its file.
     """
     names = quantized_names(entries)
-    stored.check_parts(entries, names, HIVEMIND_NAMES, BLOCK_SIZE, "in such a checkpoint", FLOATS)
+    where = f"in blocks of {HIVEMIND_BLOCK_SIZE}"
+    stored.check_parts(entries, names, HIVEMIND_NAMES, HIVEMIND_BLOCK_SIZE, where, FLOATS)
     for name in names:
         if len((codes := entries[f"{name}.weight"]).shape) != 2:
             raise ValueError(
@@ -61,13 +62,25 @@ def renamed(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 def is_dropped(name: str) -> bool:
     """Whether a tensor is a causal mask, its fill value, or part of an adapter."""
-    return adapters.is_part(name) or any(re.search(pattern, name) for pattern in LEFTOVERS)
+    return adapters.is_part(name) or is_leftover(name)
 
 
-def check_model(entries: Mapping[str, Entry], model: Any) -> None:
+def is_leftover(name: str) -> bool:
+    """Whether a tensor is a causal mask or its fill value."""
+    return any(re.search(pattern, name) for pattern in LEFTOVERS)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return stand_in(type(module)) is not None
+
+
+def check_model(
+    entries: Mapping[str, Entry], model: Any, is_layer: Callable[[nn.Module], bool] = _is_layer
+) -> None:
     """ValueError unless the checkpoint is one of this model, but for its head.
 
-    entries: as stored. model: a Transformers model without data.
+    entries: as stored. model: a Transformers model without data. is_layer: whether a module of it
+    must have a matrix in the checkpoint.
     """
     prefix = model.base_model_prefix
     modules = dict(model.named_modules())
@@ -81,7 +94,7 @@ def check_model(entries: Mapping[str, Entry], model: Any) -> None:
     in_model = f"{prefix}." if hasattr(model, prefix) else ""
     known = naming.model_names(model, entries)
     for name, module in modules.items():
-        if not name.startswith(in_model) or stand_in(type(module)) is None:
+        if not name.startswith(in_model) or not is_layer(module):
             continue
         if naming.base_name(name, prefix, "weight", known) is None:
             file = next(iter(entries.values())).file

@@ -16,7 +16,12 @@ from gptj_q8.checkpoint.report import ConversionReport, LayerError, kind
 from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.checkpoint.source import empty_model
 from gptj_q8.config import Q8Config
-from gptj_q8.nn.quantized import HIVEMIND_NAMES, check_stored_parts, sort_levels
+from gptj_q8.nn.quantized import (
+    HIVEMIND_BLOCK_SIZE,
+    HIVEMIND_NAMES,
+    check_stored_parts,
+    sort_levels,
+)
 
 
 class Rewriting:
@@ -41,7 +46,7 @@ class Rewriting:
         # What will be read, in this order.
         self.entries = {n: entry for n, entry in entries.items() if not old.is_dropped(n)}
         self.guard = stored.guard(self._modules[0])
-        self.model_config.quantization_config = Q8Config(old.BLOCK_SIZE, old.CODEBOOK)
+        self.model_config.quantization_config = Q8Config(HIVEMIND_BLOCK_SIZE, old.CODEBOOK)
         if dtype is not None or self.model_config.dtype is None:
             # Where config.json says nothing, Transformers would go by absmax, which is float32.
             floats = [entry.dtype for name, entry in self._renamed.items() if not entry.name]
@@ -101,7 +106,7 @@ class Rewriting:
         prefix, modules = self._model.base_model_prefix, dict(self._model.named_modules())
         taken = [[naming.module_name(name, prefix, modules) or name] for name in self._modules]
         return ConversionReport(
-            block_size=old.BLOCK_SIZE,
+            block_size=HIVEMIND_BLOCK_SIZE,
             codebook=old.CODEBOOK,
             bytes_before=bytes_before,
             bytes_after=bytes_after,

@@ -15,6 +15,7 @@ from gptj_q8.nn.weight import LazyWeight
 
 HIVEMIND_NAMES = {"codes": "weight", "absmax": "absmax", "codebook": "code"}
 """Our names and those of the hivemind/gpt-j-6B-8bit family."""
+HIVEMIND_BLOCK_SIZE = 4096
 
 
 class FrozenCodes(nn.Parameter):
@@ -184,15 +185,7 @@ class QuantizedWeight(nn.Module):
         """Moves like any module, but codes and scales keep their dtypes, and `dtype` follows."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         checks.float_dtype(type(self).__name__, dtype)
-        parts = (self.codes, self.absmax, self.codebook)
-
-        def keep_part_dtypes(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype and any(tensor is part for part in parts):
-                return tensor.to(result.device)
-            return result
-
-        super()._apply(keep_part_dtypes, recurse)
+        super()._apply(keep_dtypes(fn, self.codes, self.absmax, self.codebook), recurse)
         self.register_parameter("codes", self._parameters["codes"])  # PyTorch may have rebuilt it
         self.dtype = dtype
         return self
@@ -224,6 +217,18 @@ class QuantizedWeight(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def keep_dtypes(fn: Callable[[Tensor], Tensor], *parts: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns `fn`, as `nn.Module._apply` takes it, but that it only moves `parts`."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.dtype != tensor.dtype and any(tensor is part for part in parts):
+            return tensor.to(result.device)
+        return result
+
+    return kept
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:

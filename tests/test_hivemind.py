@@ -1,0 +1,487 @@
+"""The old API: the card's snippet, fine-tuning and state dicts, against what the old code does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import hivemind_layout as old
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from command_line import POSITIONS, float32, save_byte_gptj
+from tiny import IDS, gptj, logits, relative
+from torch import nn
+from transformers.models.gptj import modeling_gptj
+
+import gptj_q8
+from gptj_q8 import hivemind
+from gptj_q8.hivemind import (
+    DequantizeAndLinear,
+    FrozenBNBEmbedding,
+    FrozenBNBLinear,
+    GPTJBlock,
+    GPTJForCausalLM,
+    GPTJModel,
+    add_adapters,
+    bnbfy_,
+    convert_to_int8,
+    quantize_blockise_lowmemory,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLOSE = 1e-6  # float32 against float64
+
+
+@pytest.fixture
+def old_dir(tmp_path):
+    return old.write(tmp_path / "old", old.state_dict())
+
+
+def patched() -> Any:
+    """What the snippet does for good: then all of GPT-J in the process is built of that block."""
+    return mock.patch.object(modeling_gptj, "GPTJBlock", GPTJBlock)
+
+
+def frozen_modules(model) -> dict[str, nn.Module]:
+    kinds = (FrozenBNBLinear, FrozenBNBEmbedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def batch_loss(model) -> torch.Tensor:
+    out = model(IDS)
+    return F.cross_entropy(out.logits[:, :-1].flatten(0, -2).float(), IDS[:, 1:].flatten())
+
+
+# The model card's snippet
+
+
+def test_the_cards_snippet(tmp_path, monkeypatch):
+    """Word for word from the model card, but for its first import and lengths."""
+    monkeypatch.setattr(modeling_gptj, "GPTJBlock", modeling_gptj.GPTJBlock)  # restores it
+    folder = tmp_path / "bertin-gpt-j-6B-ES-8bit"
+    model = float32(save_byte_gptj(folder, seed=0))
+    (folder / "model.safetensors").unlink()
+    state = old.state_dict(model=model)
+    old.write(folder, state, model=model)
+    snippet = """
+import transformers, torch
+from gptj_q8.hivemind import GPTJBlock, GPTJForCausalLM
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+transformers.models.gptj.modeling_gptj.GPTJBlock = GPTJBlock  # monkey-patch GPT-J
+tokenizer = transformers.AutoTokenizer.from_pretrained(ckpt)
+model = GPTJForCausalLM.from_pretrained(
+    ckpt, pad_token_id=tokenizer.eos_token_id, low_cpu_mem_usage=True
+).to(device)
+prompt = tokenizer("El sentido de la vida es", return_tensors='pt')
+prompt = {key: value.to(device) for key, value in prompt.items()}
+out = model.generate(**prompt, max_length=max_length, do_sample=True)
+text = tokenizer.decode(out[0])
+"""
+    names: dict[str, object] = {"ckpt": str(folder), "max_length": POSITIONS}
+    exec(snippet, names)
+    assert names["text"].startswith("El sentido de la vida es")
+    assert len(names["out"][0]) > len(names["prompt"]["input_ids"][0])
+    assert names["model"].config.pad_token_id == names["tokenizer"].eos_token_id
+    # Greedy, token for token what the original decodes to in float64 says.
+    ids = names["prompt"]["input_ids"]
+    said = names["model"].generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    reference = old.old_model(state, model)
+    for _ in range(8):
+        ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(said, ids)
+
+
+@pytest.mark.parametrize("patch", [False, True])
+@pytest.mark.parametrize("form", ["bin", "safetensors", "bin-shards"])
+def test_loading(tmp_path, form, patch):
+    state = old.state_dict(scales=torch.float16)
+    path = old.write(tmp_path, state, form)
+    with patched() if patch else nullcontext():
+        model, info = GPTJForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert len(frozen_modules(model)) == 14
+    assert all(isinstance(block, GPTJBlock) for block in model.transformer.h)
+    assert model.lm_head.weight.dtype == torch.uint8
+    assert model.lm_head.absmax.dtype == model.lm_head.code.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_body_alone(old_dir):
+    state = old.state_dict()
+    body = GPTJModel.from_pretrained(old_dir)
+    assert "lm_head.weight" not in body.state_dict()
+    expected = old.old_model(state).transformer(IDS).last_hidden_state
+    assert relative(body(IDS).last_hidden_state, expected) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["dtype", "to"])
+def test_half_precision(old_dir, dtype, how):
+    """`.half()` used to make garbage of the scales."""
+    if how == "dtype":
+        model = GPTJForCausalLM.from_pretrained(old_dir, dtype=dtype)
+    else:
+        model = GPTJForCausalLM.from_pretrained(old_dir).to(dtype)
+    assert model.dtype == model.transformer.wte(IDS).dtype == dtype
+    assert model.lm_head.absmax.dtype == model.lm_head.code.dtype == torch.float32
+    assert model.lm_head.weight.dtype == torch.uint8
+    assert relative(logits(model), old.old_logits(old.state_dict())) < 0.02
+
+
+def test_the_patch_leaves_other_models_alone(old_dir, float_dir, stored_dir):
+    with patched():
+        loaded = gptj_q8.from_pretrained(old_dir)
+        quantized, again = gptj_q8.from_pretrained(float_dir), gptj_q8.from_pretrained(stored_dir)
+        plain = transformers.GPTJForCausalLM.from_pretrained(float_dir, dtype=torch.float32)
+    assert relative(logits(loaded), old.old_logits(old.state_dict())) < CLOSE
+    assert torch.equal(logits(quantized), logits(again))
+    assert not frozen_modules(plain)
+    assert relative(logits(plain), logits(quantized)) < 0.02
+
+
+def test_a_block_of_its_own():
+    config = gptj().config
+    for block in (GPTJBlock(config), GPTJBlock(config, layer_idx=1)):
+        assert len(frozen_modules(block)) == 6
+
+
+# Fine-tuning
+
+
+def adapters_of(model) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".adapter." in name}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+@pytest.mark.parametrize("where", ["everywhere", "attention"])
+def test_gradients(tmp_path, training, checkpointing, where):
+    """Those of the adapters are the old code's, whatever the mode and wherever they are."""
+    kind = "hivemind" if where == "everywhere" else "attention"
+    state = old.state_dict(adapters=kind)
+    model = GPTJForCausalLM.from_pretrained(old.write(tmp_path, state))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapter." in name)
+    model.train(training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated since 5.23
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    calls = count_forwards(model)
+    batch_loss(model).backward()
+    assert calls["blocks"] == (4 if checkpointing else 2)  # of two blocks
+    assert {module.training for module in model.modules()} == {training}
+    expected = expected_gradients(state)
+    found = adapters_of(model)
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        assert parameter.grad is not None, name
+        assert relative(parameter.grad, expected[name]) < 1e-4, name
+
+
+def count_forwards(model) -> dict[str, int]:
+    calls = {"blocks": 0}
+
+    def count(*_) -> None:
+        calls["blocks"] += 1
+
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(count)
+    return calls
+
+
+def expected_gradients(state) -> dict[str, torch.Tensor]:
+    leaves = {
+        name: tensor.double().requires_grad_()
+        for name, tensor in state.items()
+        if ".adapter." in name
+    }
+    batch_loss_double = old.old_model({**state, **leaves})(IDS).logits
+    F.cross_entropy(batch_loss_double[:, :-1].flatten(0, -2), IDS[:, 1:].flatten()).backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def test_without_gradients_there_is_no_checkpointing(old_dir):
+    model = GPTJForCausalLM.from_pretrained(old_dir)
+    expected = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable()
+    calls = count_forwards(model)
+    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), expected)
+    assert calls["blocks"] == 10  # two blocks, five steps: the cache is in use
+
+
+def test_the_usual_loop(old_dir):
+    """As in the notebook: no .train(), autocast around it all, biases and norms train too."""
+    try:
+        from gptj_q8.optim import Adam8bit
+    except ImportError:
+        Adam8bit = torch.optim.Adam
+    model = GPTJForCausalLM.from_pretrained(old_dir, low_cpu_mem_usage=True)
+    before = logits(model)
+    add_adapters(model)
+    assert torch.equal(logits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable()
+    frozen = {n: b.clone() for n, b in model.named_buffers()}
+    optimizer = Adam8bit(model.parameters(), lr=2e-2)
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(20):
+            out = model.forward(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+            loss = F.cross_entropy(
+                out.logits[:, :-1, :].flatten(0, -2), IDS[:, 1:].flatten(), reduction="mean"
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]  # it learns the one sentence
+    assert all(torch.equal(b, frozen[n]) for n, b in model.named_buffers())
+    changed = {
+        n for n, p in adapters_of(model).items() if n.endswith("1.weight") and p.abs().max() > 0
+    }
+    assert len(changed) == 14
+
+
+def test_what_add_adapters_makes(old_dir):
+    model = GPTJForCausalLM.from_pretrained(old_dir).bfloat16()
+    add_adapters(model)
+    kinds = {
+        n: [type(m).__name__ for m in frozen.adapter] for n, frozen in frozen_modules(model).items()
+    }
+    assert kinds["transformer.wte"] == ["Embedding", "Linear"]
+    assert kinds["lm_head"] == ["Linear", "Linear"]
+    assert {p.dtype for p in adapters_of(model).values()} == {torch.float32}
+    assert tuple(model.lm_head.adapter[0].weight.shape) == (16, 48)
+    assert logits(model).dtype == torch.bfloat16
+    assert not any(p.abs().max() for n, p in adapters_of(model).items() if n.endswith("1.weight"))
+    add_adapters(model, adapter_dim=4, p=0.1)
+    assert [type(m).__name__ for m in model.lm_head.adapter] == ["Linear", "Dropout", "Linear"]
+    assert model.lm_head.adapter[1].p == 0.1
+    assert not model.lm_head.adapter.training
+    with pytest.raises(ValueError, match="adapter_dim must be positive, got 0"):
+        add_adapters(model, 0)
+    with pytest.raises(ValueError, match="no FrozenBNB modules"):
+        add_adapters(gptj())
+
+
+def test_adapters_of_ones_own(old_dir):
+    """As users put them in: by hand, and on attention only."""
+    model = GPTJForCausalLM.from_pretrained(old_dir)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBNBLinear) and "attn" in name:
+            module.adapter = nn.Sequential(
+                nn.Linear(module.in_features, 2, bias=False),
+                nn.Linear(2, module.out_features, bias=False),
+            )
+    assert len(adapters_of(model)) == 16
+    batch_loss(model).backward()
+    assert all(p.grad is not None for p in adapters_of(model).values())
+
+
+# State dicts and checkpoints
+
+
+@pytest.mark.parametrize("kind", old.ADAPTERS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_old_state_dicts_load(tmp_path, kind, assign):
+    """Into a bare model; the adapters in it come along, the masks are dropped."""
+    state = old.state_dict(adapters=kind, scales=torch.float16)
+    model = GPTJForCausalLM(gptj().config).eval()
+    model.load_state_dict(state, assign=assign)
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+    assert "transformer.h.0.attn.bias" in state  # what was given stays
+    model.save_pretrained(tmp_path)
+    again = GPTJForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("kind", old.ADAPTERS[1:])
+def test_what_was_trained_comes_back(tmp_path, kind):
+    """By state dict and by save_pretrained, here and in gptj_q8.from_pretrained."""
+    state = old.state_dict(adapters=kind)
+    model = GPTJForCausalLM.from_pretrained(old.write(tmp_path / "old", state))
+    expected = logits(model)
+    assert relative(expected, old.old_logits(state)) < CLOSE
+    own = model.state_dict()
+    masks = {name for name in state if name.endswith((".attn.bias", ".masked_bias"))}
+    assert own.keys() == state.keys() - masks
+    torch.save(own, tmp_path / "tuned.pt")
+    fresh = GPTJForCausalLM.from_pretrained(old.write(tmp_path / "base", old.state_dict()))
+    fresh.load_state_dict(torch.load(tmp_path / "tuned.pt"))
+    assert torch.equal(logits(fresh), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+    again = GPTJForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), expected)
+    assert relative(logits(gptj_q8.from_pretrained(tmp_path / "saved")), expected) < CLOSE
+    has_dropout = any(
+        isinstance(m, nn.Dropout) for m in again.transformer.h[0].attn.q_proj.modules()
+    )
+    assert has_dropout == (kind == "dropout")
+
+
+def test_copies(old_dir):
+    model = GPTJForCausalLM.from_pretrained(old_dir)
+    add_adapters(model)
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+
+
+# The modules and functions, one by one
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear(bias, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(100, 70, bias=bias)
+    module = FrozenBNBLinear.from_linear(linear)
+    assert repr(module) == "FrozenBNBLinear(100, 70)"
+    assert (module.in_features, module.out_features, module.adapter) == (100, 70, None)
+    assert module.bias is linear.bias
+    assert [n for n, _ in module.named_parameters()] == ["bias"] * bias
+    x = torch.randn(3, 5, 100, dtype=dtype, requires_grad=True)
+    y = module(x)
+    weight = old.decode(module.weight, module.absmax, module.code).double()
+    expected = F.linear(x.double(), weight, linear.bias.double() if bias else None)
+    assert (y.dtype, relative(y, expected) < (1e-5 if dtype == torch.float32 else 0.01)) == (
+        dtype,
+        True,
+    )
+    y += 1  # in place, which the old code's output refused
+    dy = torch.randn(3, 5, 70)
+    y.backward(dy.to(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.01
+    assert relative(x.grad, dy.double() @ weight) < tolerance
+    if bias:
+        assert relative(linear.bias.grad, dy.double().sum((0, 1))) < tolerance
+
+
+def test_dequantize_and_linear_is_the_modules_product():
+    module = FrozenBNBLinear.from_linear(nn.Linear(64, 32))
+    x = torch.randn(2, 64)
+    parts = (module.weight, module.absmax, module.code, module.bias)
+    assert torch.equal(DequantizeAndLinear.apply(x, *parts), module(x))
+
+
+def test_embedding():
+    torch.manual_seed(0)
+    embedding = nn.Embedding(130, 48, dtype=torch.float16)
+    module = FrozenBNBEmbedding.from_embedding(embedding)
+    assert repr(module) == "FrozenBNBEmbedding(130, 48)"
+    rows = old.decode(module.weight, module.absmax, module.code)[IDS]
+    assert torch.equal(module(IDS), rows.half())
+    assert torch.equal(module.float()(IDS), rows)
+    with pytest.raises(IndexError):
+        module(torch.tensor([130]))
+    with pytest.raises(ValueError, match="max_norm"):
+        FrozenBNBEmbedding.from_embedding(nn.Embedding(3, 64, max_norm=1.0))
+
+
+def test_quantize_blockise_lowmemory():
+    torch.manual_seed(0)
+    matrix = torch.randn(130, 48)
+    codes, (absmax, code) = quantize_blockise_lowmemory(matrix)
+    assert (codes.shape, codes.dtype, absmax.shape) == (matrix.shape, torch.uint8, (2,))
+    torch.testing.assert_close(code[1:], old.dynamic_map()[1:], rtol=1e-6, atol=0)
+    blocks = matrix.flatten().split(4096)
+    assert torch.equal(absmax, torch.stack([block.abs().max() for block in blocks]))
+    error = (old.decode(codes, absmax, code) - matrix).abs()
+    # No level of the map is nearer to any weight than the one taken.
+    scale = absmax.repeat_interleave(4096)[: matrix.numel()].view(matrix.shape)
+    nearest = (matrix[..., None] - code.double() * scale[..., None]).abs().amin(-1)
+    assert torch.allclose(error.double(), nearest, atol=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4096, got 1000"):
+        quantize_blockise_lowmemory(matrix, chunk_size=1000)
+    with pytest.raises(ValueError, match="1 NaN or Inf"):
+        quantize_blockise_lowmemory(matrix.index_fill(0, torch.tensor(3), torch.nan)[3:4, :1])
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bnbfy_(rank):
+    model, original = gptj(), gptj()
+    bnbfy_(model, adapter_dim=rank)
+    assert len(frozen_modules(model)) == 14
+    assert len(adapters_of(model)) == (28 if rank else 0)
+    assert relative(logits(model), logits(original)) < 0.05
+    assert relative(logits(model), old.old_logits(with_floats(model))) < CLOSE
+    bnbfy_(model)  # nothing is left to do, least of all in adapters
+    assert len(adapters_of(model)) == (28 if rank else 0)
+
+
+def with_floats(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def test_bnbfy_names_bad_weights_and_changes_nothing():
+    model = gptj()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+        model.transformer.wte.weight[1] = torch.inf
+    with pytest.raises(ValueError, match=r"wte\.weight has 48 NaN or Inf.*lm_head\.weight has 1"):
+        bnbfy_(model)
+    assert not frozen_modules(model)
+
+
+def test_convert_to_int8_makes_shells_for_any_model(tmp_path):
+    """Of a class of one's own, as the notebooks did for T5 and BLOOM; Transformers fills them."""
+
+    class Own(transformers.GPTJForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            convert_to_int8(self)
+
+    state = old.state_dict()
+    model = Own.from_pretrained(old.write(tmp_path, state))
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+    shell = Own(gptj().config)
+    assert not any(b.any() for n, b in shell.named_buffers() if n.endswith((".weight", ".absmax")))
+
+
+# Bad input
+
+
+def test_other_checkpoints_are_named(float_dir, stored_dir):
+    for path in (float_dir, stored_dir):
+        with pytest.raises(ValueError, match=r"model-.*safetensors: holds no 8-bit weights as"):
+            GPTJForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_bad_scales(tmp_path, value):
+    state = old.state_dict()
+    state["lm_head.absmax"][1] = value
+    with pytest.raises(ValueError, match=r"lm_head: absmax"):
+        GPTJForCausalLM.from_pretrained(old.write(tmp_path, state))
+    with pytest.raises(RuntimeError, match=r"lm_head: absmax"):
+        GPTJForCausalLM(gptj().config).load_state_dict(state)
+
+
+def test_parts_that_do_not_fit():
+    codes, scales, table = torch.zeros(8, 512, dtype=torch.uint8), torch.ones(1), old.dynamic_map()
+    FrozenBNBLinear(codes, scales, table)
+    for bad in ((codes, torch.ones(2), table), (codes, scales, table[:255])):
+        with pytest.raises(ValueError, match="must have"):
+            FrozenBNBLinear(*bad)
+    with pytest.raises(TypeError, match="codes must be uint8"):
+        FrozenBNBLinear(codes.float(), scales, table)
+
+
+def test_everything_is_there():
+    assert all(hasattr(hivemind, name) for name in hivemind.__all__)
+    assert len(hivemind.__all__) == 10
