@@ -60,6 +60,15 @@ class Emulator:
         self._library.cuda_on_cpu_set_order(order)
 
     @contextlib.contextmanager
+    def on(self, processors: int, shared_kb: int, capability: int) -> Iterator[None]:
+        """Within it the launches believe in such a GPU; a kernel that needs more fails."""
+        self._library.cuda_on_cpu_set_gpu(processors, shared_kb * 1024, capability)
+        try:
+            yield
+        finally:
+            self._library.cuda_on_cpu_set_gpu(4, 227 * 1024, 90)
+
+    @contextlib.contextmanager
     def without(self, site: str) -> Iterator[None]:
         """Within it the barrier or wait at "file:line" does nothing."""
         file, line = site.split(":")

@@ -5,10 +5,29 @@
 #pragma once
 
 #include "../common/arguments.h"
-#include "platform.h"
+#include "gpu.h"
 
 namespace gptj_q8::cuda {
 
+// y[M, N] = x[M, K] @ W[N, K].T + bias[N]; x and y of one dtype, bias of any or null.
+struct LinearArgs {
+  const void* x;
+  DType dtype;
+  int64_t m;
+  Weight weight;
+  const void* bias;
+  DType bias_dtype;
+  void* y;
+};
+
 cudaError_t dequantize(const DequantizeArgs& a, cudaStream_t stream);
+
+// The products may need so many floats for partial sums; they are passed as `partial`, else null.
+// Fewer than 2^31 - 4096 rows and columns of w, fewer than 2^40 results.
+int64_t linear_partials(const LinearArgs& a, const Gpu& gpu);
+int64_t linear_grad_input_partials(const LinearGradInputArgs& a, const Gpu& gpu);
+cudaError_t linear(const LinearArgs& a, const Gpu& gpu, float* partial, cudaStream_t stream);
+cudaError_t linear_grad_input(const LinearGradInputArgs& a, const Gpu& gpu, float* partial,
+                              cudaStream_t stream);
 
 }  // namespace gptj_q8::cuda

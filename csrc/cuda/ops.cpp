@@ -12,6 +12,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <initializer_list>
+#include <optional>
+#include <vector>
 
 #include "../common/check.h"
 #include "kernels.h"
@@ -63,6 +65,71 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const Tensor& codeb
   return out;
 }
 
+// Limits that the products' kernels count on.
+void check_product(const char* op, const Weight& w, int64_t m, int64_t outer) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 4096;
+  STD_TORCH_CHECK(w.rows < kMost && w.cols < kMost, op, ": codes must have less than ", kMost,
+                  " rows and columns, got ", w.rows, " x ", w.cols);
+  STD_TORCH_CHECK(m < (int64_t{1} << 40) / outer, op, ": ", m, " x ", outer,
+                  " results are too many");
+}
+
+// Memory for partial sums, and the GPU that they are planned for.
+template <class Args>
+cudaError_t run_product(const char* op, const Args& a, const Tensor& like, cudaStream_t stream,
+                        int64_t (*partials)(const Args&, const cuda::Gpu&),
+                        cudaError_t (*product)(const Args&, const cuda::Gpu&, float*,
+                                               cudaStream_t)) {
+  cuda::Gpu gpu;
+  check_launch(op, cuda::current_gpu(&gpu));
+  const int64_t floats = partials(a, gpu);
+  if (floats == 0) return product(a, gpu, nullptr, stream);
+  Tensor partial = torch::stable::new_empty(like, {&floats, 1}, ScalarType::Float);
+  return product(a, gpu, partial.mutable_data_ptr<float>(), stream);
+}
+
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const Tensor& codebook,
+              const std::optional<Tensor>& bias, int64_t block_size) {
+  const char* op = "linear";
+  cuda::LinearArgs a;
+  a.dtype = check_values(op, "x", x);
+  a.weight = check_weight(op, codes, absmax, codebook, block_size, false);
+  a.m = check_rows(op, "x", x, a.weight.cols);
+  check_product(op, a.weight, a.m, a.weight.rows);
+  a.bias = nullptr;
+  a.bias_dtype = a.dtype;
+  if (bias) {
+    a.bias_dtype = check_values(op, "bias", *bias);
+    check_numel(op, "bias", *bias, a.weight.rows);
+    a.bias = bias->const_data_ptr();
+  }
+  const Queue queue(op, {&x, &codes, &absmax, &codebook, bias ? &*bias : &x});
+  const std::vector<int64_t> shape = with_last(x, x.dim() - 1, a.weight.rows);
+  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  a.x = x.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  check_launch(op, run_product(op, a, x, queue.stream, cuda::linear_partials, cuda::linear));
+  return y;
+}
+
+Tensor linear_grad_input(const Tensor& dy, const Tensor& codes, const Tensor& absmax,
+                         const Tensor& codebook, int64_t block_size) {
+  const char* op = "linear_grad_input";
+  LinearGradInputArgs a;
+  a.dtype = check_values(op, "dy", dy);
+  a.weight = check_weight(op, codes, absmax, codebook, block_size, false);
+  a.m = check_rows(op, "dy", dy, a.weight.rows);
+  check_product(op, a.weight, a.m, a.weight.cols);
+  const Queue queue(op, {&dy, &codes, &absmax, &codebook});
+  const std::vector<int64_t> shape = with_last(dy, dy.dim() - 1, a.weight.cols);
+  Tensor dx = torch::stable::new_empty(dy, {shape.data(), shape.size()});
+  a.dy = dy.const_data_ptr();
+  a.dx = dx.mutable_data_ptr();
+  check_launch(op, run_product(op, a, dy, queue.stream, cuda::linear_grad_input_partials,
+                               cuda::linear_grad_input));
+  return dx;
+}
+
 }  // namespace
 }  // namespace gptj_q8
 
@@ -81,8 +148,16 @@ Q8_DECLARE(Q8_LIBRARY, m) {
   m.def(
       "dequantize(Tensor codes, Tensor absmax, Tensor codebook, int block_size, "
       "ScalarType dtype) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "
+      "int block_size) -> Tensor");
+  m.def(
+      "linear_grad_input(Tensor dy, Tensor codes, Tensor absmax, Tensor codebook, "
+      "int block_size) -> Tensor");
 }
 
 Q8_IMPLEMENT(Q8_LIBRARY, Q8_DEVICE, m) {
   m.impl("dequantize", TORCH_BOX(&gptj_q8::dequantize));
+  m.impl("linear", TORCH_BOX(&gptj_q8::linear));
+  m.impl("linear_grad_input", TORCH_BOX(&gptj_q8::linear_grad_input));
 }

@@ -38,3 +38,22 @@ def dequantize(
     codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     return _ops.dequantize(codes, absmax, codebook, block_size, dtype)
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.float()
+    return _ops.linear(x, codes, absmax, codebook, bias, block_size)
+
+
+def linear_grad_input(
+    dy: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
+) -> Tensor:
+    return _ops.linear_grad_input(dy, codes, absmax, codebook, block_size)

@@ -139,6 +139,12 @@ std::string message;
 bool failed = false;
 bool stacks_are_dirty = false;
 
+// The GPU that the launches believe in.
+struct EmulatedGpu {
+  int processors = 4, shared_bytes = 227 * 1024, capability = 90;
+};
+EmulatedGpu gpu;
+
 int order = 0;  // 0 as numbered, 1 backwards, else a seed
 std::mt19937 random_numbers;
 std::string omitted_file;
@@ -356,7 +362,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   message.clear();
   failed = false;
   if (threads < 1 || threads > kMostThreads || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > 227 * 1024) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > static_cast<size_t>(gpu.shared_bytes)) {
     message = "no GPU takes such a launch: " + std::to_string(threads) + " threads, grid " +
               std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
               std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes shared";
@@ -391,8 +397,37 @@ const char* cudaGetErrorString(cudaError_t) {
   return cuda_on_cpu::message.c_str();
 }
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* answer, cudaDeviceAttr what, int) {
+  const cuda_on_cpu::EmulatedGpu& gpu = cuda_on_cpu::gpu;
+  switch (what) {
+    case cudaDevAttrMultiProcessorCount:
+      *answer = gpu.processors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *answer = gpu.shared_bytes;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *answer = gpu.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *answer = gpu.capability % 10;
+      break;
+  }
+  return cudaSuccess;
+}
+
 // For the tests, by ctypes.
 extern "C" {
+
+__attribute__((visibility("default"))) void cuda_on_cpu_set_gpu(int processors, int shared_bytes,
+                                                                int capability) {
+  cuda_on_cpu::gpu = {processors, shared_bytes, capability};
+}
 
 __attribute__((visibility("default"))) void cuda_on_cpu_set_order(int value) {
   cuda_on_cpu::order = value;

@@ -1,0 +1,138 @@
+// linear: y[M, N] = x[M, K] @ W[N, K].T + bias[N]. Chooses among the kernels and launches them.
+//
+// Which kernel serves what (estimates, not yet measured, from `python -m benchmarks.cuda_budget`):
+// the kernel for few rows pays M multiply-adds for each weight, the tensor cores' one about eight
+// instructions whatever M is. At M = 4 the first needs ten, so from 5 on the second serves. Where
+// no tensor core multiplies the type, the first goes to 8 rows in two tiles of 4 (the second reads
+// w from the L2 cache), above it the plain one costs less.
+#include "kernels.h"
+#include "launch_plain.cuh"
+#include "linear_few_rows.cuh"
+#include "linear_tensor.cuh"
+
+namespace gptj_q8::cuda {
+
+constexpr int64_t kFewBesideTensor = 4;
+constexpr int64_t kFewAlone = 8;
+
+bool is_narrow(const Gpu& gpu) {
+  return gpu.capability < 80;
+}
+
+// Calls f with the kM8 of a tensor-core kernel that is there.
+template <class F>
+void with_linear_m8(int m8, bool narrow, F&& f) {
+  if (narrow) {
+    if (m8 == 1) return f(std::integral_constant<int, 1>{}, std::true_type{});
+    return f(std::integral_constant<int, 4>{}, std::true_type{});
+  }
+  switch (m8) {
+    case 1:
+      return f(std::integral_constant<int, 1>{}, std::false_type{});
+    case 2:
+      return f(std::integral_constant<int, 2>{}, std::false_type{});
+    case 4:
+      return f(std::integral_constant<int, 4>{}, std::false_type{});
+    case 8:
+      return f(std::integral_constant<int, 8>{}, std::false_type{});
+    default:
+      return f(std::integral_constant<int, 16>{}, std::false_type{});
+  }
+}
+
+Plan plan_linear_tensor(const LinearArgs& a, const Gpu& gpu) {
+  Plan plan{};
+  plan.way = Way::tensor;
+  int chosen_bytes = 0, step = 0;
+  // The smallest tile that holds all of x, or the largest that shared memory does.
+  for (int m8 = 1; m8 <= (is_narrow(gpu) ? 4 : 16); m8 *= is_narrow(gpu) ? 4 : 2) {
+    int bytes = 0, this_step = 0;
+    with_linear_m8(m8, is_narrow(gpu), [&](auto rows, auto narrow) {
+      using Tile = LinearTile<f16, rows, narrow>;
+      bytes = Tile::kStageBytes;
+      this_step = Tile::kStep;
+    });
+    if (stages_that_fit(gpu, bytes, 1) < 2) break;
+    chosen_bytes = bytes, step = this_step, plan.tile_m = 8 * m8;
+    if (a.m <= plan.tile_m) break;
+  }
+  plan.m_tiles = ceil_div(a.m, plan.tile_m);
+  plan.tiles = plan.m_tiles * ceil_div(a.weight.rows, kLinearTileN);
+  plan_tensor(gpu, plan.tile_m <= 32, chosen_bytes, ceil_div(a.weight.cols, step), &plan);
+  return plan;
+}
+
+Plan plan_few_rows(const LinearArgs& a, const Gpu& gpu) {
+  Plan plan{};
+  plan.way = Way::few_rows;
+  plan.tile_m = a.m >= 3 ? 4 : static_cast<int>(a.m);
+  plan.m_tiles = ceil_div(a.m, plan.tile_m);
+  const int64_t blocks = static_cast<int64_t>(gpu.processors) * few_resident(plan.tile_m);
+  plan.tiles = min_of(blocks, ceil_div(a.weight.rows, kFewStep));
+  plan.splits = 1;
+  return plan;
+}
+
+Plan plan_linear(const LinearArgs& a, const Gpu& gpu) {
+  const bool fits =
+      a.weight.cols % 16 == 0 && is_aligned_to_16(a.weight.codes) && is_aligned_to_16(a.x);
+  const bool has_tensor = (a.dtype == DType::float16 && gpu.capability >= 75) ||
+                          (a.dtype == DType::bfloat16 && gpu.capability >= 80);
+  if (fits && a.m <= (has_tensor ? kFewBesideTensor : kFewAlone)) return plan_few_rows(a, gpu);
+  if (fits && has_tensor) return plan_linear_tensor(a, gpu);
+  return plan_plain(gpu, a.m, a.weight.cols, a.weight.rows);
+}
+
+template <class T>
+cudaError_t launch_few_rows(const Plan& plan, const T* x, const Weight& w, const Results<T>& out,
+                            cudaStream_t stream) {
+  int slice_warps = 1;
+  while (slice_warps < kFewWarps && slice_warps * kSlice < w.cols) slice_warps *= 2;
+  const auto kernel = plan.tile_m == 1   ? linear_few_rows_kernel<T, 1>
+                      : plan.tile_m == 2 ? linear_few_rows_kernel<T, 2>
+                                         : linear_few_rows_kernel<T, 4>;
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.m_tiles));
+  return launch(kernel, grid, kFewThreads, few_shared_bytes(plan.tile_m, slice_warps), stream, x,
+                w, out, slice_warps);
+}
+
+template <class T>
+cudaError_t launch_tensor(const Plan& plan, bool narrow, const T* x, const Weight& w,
+                          const Results<T>& out, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  with_linear_m8(plan.tile_m / 8, narrow, [&](auto m8, auto is_narrow) {
+    if constexpr (is_narrow && !std::is_same_v<T, f16>) {
+      error = cudaErrorInvalidValue;  // sm_75 multiplies float16 only; the plan knows
+    } else {
+      const int shared = kTableBytes + plan.stages * LinearTile<T, m8, is_narrow>::kStageBytes;
+      error = launch(linear_tensor_kernel<T, m8, is_narrow>, grid_of(plan), kTensorThreads, shared,
+                     stream, x, w, out, static_cast<int>(plan.m_tiles), plan.stages);
+    }
+  });
+  return error;
+}
+
+int64_t linear_partials(const LinearArgs& a, const Gpu& gpu) {
+  return partial_floats(plan_linear(a, gpu), a.m, a.weight.rows);
+}
+
+cudaError_t linear(const LinearArgs& a, const Gpu& gpu, float* partial, cudaStream_t stream) {
+  const Plan plan = plan_linear(a, gpu);
+  cudaError_t error = cudaSuccess;
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* x = static_cast<const T*>(a.x);
+    const Results<T> out{static_cast<T*>(a.y), partial, {a.bias, a.bias_dtype}, a.m, a.weight.rows};
+    if (plan.way == Way::few_rows) {
+      error = launch_few_rows(plan, x, a.weight, out, stream);
+    } else if (plan.way == Way::plain) {
+      error = launch_plain<T, false>(plan, x, a.weight, out, stream);
+    } else if constexpr (sizeof(T) == 2) {
+      error = launch_tensor(plan, is_narrow(gpu), x, a.weight, out, stream);
+    }
+    if (error == cudaSuccess && plan.splits > 1) error = sum_partials(out, plan.splits, stream);
+  });
+  return error;
+}
+
+}  // namespace gptj_q8::cuda

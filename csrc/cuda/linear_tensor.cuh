@@ -1,0 +1,157 @@
+// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block]  (+ bias[n])
+// on tensor cores, w decoded inside the product.
+//
+// x [M, K], codes [N, K], y [M, N], all dense; T bfloat16 or float16. A block owns y[8 * kM8, 128]
+// over one of gridDim.y stretches of k: its warps take 16 or 32 rows of w each, and where they are
+// 32, two warps share the rows and take 64 columns each of a step's 128. The host has checked that
+// K is a multiple of 16 and that x and codes are aligned to 16 bytes.
+//
+// Each weight is decoded once for up to 128 rows of x, by the lane that multiplies it: 16 codes of
+// a row that follow each other (one load, one scale), which are its part of four products of the
+// tensor core. Codes take their turn in shared memory only to be on their way early (each lane
+// reads what it copied itself); decoded weights never go there. The scale multiplies in float32,
+// before the one rounding to T.
+#pragma once
+
+#include "tensor.cuh"
+
+namespace gptj_q8::cuda {
+
+constexpr int kLinearTileN = 128;  // rows of w of a block
+constexpr int kWarpK = 64;         // columns of w that a warp takes in a step: 16 for each lane
+
+// kNarrow: for sm_75, whose shared memory holds one warp's step of k.
+template <class T, int kM8, bool kNarrow>
+struct LinearTile {
+  static constexpr int kN16 = kNarrow ? 1 : 2;  // a warp's rows of w, in sixteens
+  static constexpr int kParts = kN16;           // warps that share rows of w
+  static constexpr int kRuns = 2 * kN16;        // rows of w that a lane decodes from
+  static constexpr int kStep = kWarpK * kParts;
+  using X = RowTile<T, kM8, kStep, 16>;
+  static constexpr int kCodeBytes = kTensorThreads * kRuns * 16;
+  static constexpr int kStageBytes = X::kBytes + kCodeBytes;
+  static_assert(16 * kN16 * kTensorWarps / kParts == kLinearTileN);
+  static_assert(2 * kStageBytes >= kTensorThreads / 2 * kN16 * kM8 * 16, "room for add_parts");
+};
+
+template <class T, int kM8, bool kNarrow>
+__global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
+    linear_tensor_kernel(const T* x, Weight w, Results<T> out, int m_tiles, int stages) {
+  using Tile = LinearTile<T, kM8, kNarrow>;
+  constexpr int kN16 = Tile::kN16, kRuns = Tile::kRuns, kParts = Tile::kParts;
+  float* table = shared_memory<float>();
+  unsigned char* ring = shared_memory<unsigned char>() + kTableBytes;
+  const int thread = threadIdx.x, lane = thread % kLanes, warp = uniform_warp();
+  const int owner = warp / kParts, part = warp % kParts;
+  const int group = lane / 4, quad = lane % 4;
+  const uint32_t lane_bytes = 4 * lane;
+  const int columns = static_cast<int>(w.cols), steps = (columns + Tile::kStep - 1) / Tile::kStep;
+  const int first = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / gridDim.y);
+  const int last = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / gridDim.y);
+  const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * 8 * kM8;
+  const int64_t first_n = static_cast<int64_t>(blockIdx.x / m_tiles) * kLinearTileN +
+                          owner * 16 * kN16 + group;  // the lane's rows: this, 8 more, ...
+  const int rows_left = static_cast<int>(min_of(w.rows - first_n, kLinearTileN));
+  const int my_column = part * kWarpK + 16 * quad;
+  const int64_t flat = first_n * w.cols + my_column, eight_rows = 8 * w.cols;
+  const typename Tile::X rows_of_x(x, first_m, out.rows, columns);
+
+  const auto fetch = [&](int step, int slot) {
+    if (step < last) {
+      unsigned char* stage = ring + slot * Tile::kStageBytes;
+      const int start = step * Tile::kStep;
+      rows_of_x.fetch(stage, start);
+      unsigned char* codes = stage + Tile::X::kBytes + thread * 16;
+#pragma unroll
+      for (int i = 0; i < kRuns; ++i) {
+        const bool inside = start + my_column < columns && 8 * i < rows_left;
+        const uint8_t* from = w.codes + (flat + (start + i * eight_rows));
+        copy_async_16(codes + i * kTensorThreads * 16, inside ? from : w.codes, inside);
+      }
+    }
+    copy_async_commit();
+  };
+  float next_scale[kRuns];
+  const auto fetch_scales = [&](int step) {
+    const int start = step * Tile::kStep;
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      next_scale[i] = 0.0f;
+      if (start + my_column < columns && 8 * i < rows_left) {
+        next_scale[i] = w.absmax[block_of(flat + (start + i * eight_rows), w.block_shift)];
+      }
+    }
+  };
+
+  float sums[kN16][kM8][4] = {};
+  for (int s = 0; s < stages - 1; ++s) fetch(first + s, s);
+  fetch_scales(first);
+  fill_table<kTensorThreads>(table, w.codebook);
+  int slot = 0;
+#pragma unroll 1
+  for (int step = first; step < last; ++step) {
+    wait_for_stage(stages);
+    sync_threads();  // for the others' copies, and until the slot filled next has been read
+    fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
+    const unsigned char* stage = ring + slot * Tile::kStageBytes;
+    uint4 codes[kRuns];
+    float scale[kRuns];
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      const unsigned char* mine = stage + Tile::X::kBytes + (i * kTensorThreads + thread) * 16;
+      codes[i] = *reinterpret_cast<const uint4*>(mine);
+      scale[i] = next_scale[i];
+    }
+    fetch_scales(step + 1);
+    // With many sums there are no registers for both halves at once.
+#pragma unroll(kM8 > 8 ? 1 : 2)
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[2][kN16][4];
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int i = 0; i < kN16; ++i) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int run = 2 * i + r % 2, byte = r / 2 * 2;
+            const uint32_t word =
+                half == 0 ? word_of(codes[run], s) : word_of(codes[run], 2 + s);
+            a[s][i][r] = pack<T>(level_of(table, lane_bytes, word, byte) * scale[run],
+                                 level_of(table, lane_bytes, word, byte + 1) * scale[run]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kM8; ++j) {
+        const uint4 b = Tile::X::read(stage, j, group, my_column + 8 * half);
+#pragma unroll
+        for (int i = 0; i < kN16; ++i) multiply_tile<T, kNarrow>(sums[i][j], a[0][i], b.x, b.y);
+#pragma unroll
+        for (int i = 0; i < kN16; ++i) multiply_tile<T, kNarrow>(sums[i][j], a[1][i], b.z, b.w);
+      }
+    }
+    slot = slot + 1 == stages ? 0 : slot + 1;
+  }
+  copy_async_wait<0>();
+  if constexpr (kParts > 1) {
+    float* exchange = reinterpret_cast<float*>(ring);
+    add_parts<kParts, kN16 * kM8 * 4>(&sums[0][0][0], exchange, owner, part, lane);
+    if (part > 0) return;
+  }
+#pragma unroll
+  for (int i = 0; i < kN16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kM8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int64_t m = first_m + 8 * j + 2 * quad + r % 2;
+        const int below = 16 * i + r / 2 * 8;
+        if (m < out.rows && below < rows_left) {
+          out.store(blockIdx.y, m, first_n + below, sums[i][j][r]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace gptj_q8::cuda
