@@ -19,10 +19,10 @@ constexpr int kGradTileK = 128;  // columns of w of a block
 
 template <class T, int kM8>
 struct GradTile {
-  static constexpr int kK16 = 4;                   // a warp's columns of w, in sixteens
-  static constexpr int kColumns = 2 * kK16;        // of a lane
-  static constexpr int kRows = 8;                  // of a lane
-  static constexpr int kWarpRows = 4 * kRows;      // the four lanes of a column differ in rows
+  static constexpr int kK16 = 4;               // a warp's columns of w, in sixteens
+  static constexpr int kColumns = 2 * kK16;    // of a lane
+  static constexpr int kRows = 8;              // of a lane
+  static constexpr int kWarpRows = 4 * kRows;  // the four lanes of a column differ in rows
   static constexpr int kOwners = kGradTileK / (16 * kK16);
   static constexpr int kParts = kTensorWarps / kOwners;  // warps that share columns of w
   static constexpr int kStep = kWarpRows * kParts;
@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
   const int group = lane / 4, quad = lane % 4;
   const uint32_t lane_bytes = 4 * lane;
   const int rows = static_cast<int>(w.rows), steps = (rows + Tile::kStep - 1) / Tile::kStep;
-  const int first = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / gridDim.y);
-  const int last = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / gridDim.y);
+  const Stretch stretch = my_stretch(steps);
   const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * 8 * kM8;
   const int64_t column = static_cast<int64_t>(blockIdx.x / m_tiles) * kGradTileK +
                          owner * 16 * kK16 + group * kColumns;
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
   const typename Tile::Dy rows_of_dy(dy, first_m, out.rows, w.rows);
 
   const auto fetch = [&](int step, int slot) {
-    if (step < last) {
+    if (step < stretch.last) {
       unsigned char* stage = ring + slot * Tile::kStageBytes;
       const int start = step * Tile::kStep;
       rows_of_dy.fetch(stage, start);
@@ -83,12 +82,12 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
   };
 
   float sums[kK16][kM8][4] = {};
-  for (int s = 0; s < stages - 1; ++s) fetch(first + s, s);
-  fetch_scales(first);
+  for (int s = 0; s < stages - 1; ++s) fetch(stretch.first + s, s);
+  fetch_scales(stretch.first);
   fill_table<kTensorThreads>(table, w.codebook);
   int slot = 0;
 #pragma unroll 1
-  for (int step = first; step < last; ++step) {
+  for (int step = stretch.first; step < stretch.last; ++step) {
     wait_for_stage(stages);
     sync_threads();  // for the others' copies, and until the slot filled next has been read
     fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
@@ -129,7 +128,6 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
     }
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
-  copy_async_wait<0>();
   float* exchange = reinterpret_cast<float*>(ring);
   add_parts<Tile::kParts, kK16 * kM8 * 4>(&sums[0][0][0], exchange, owner, part, lane);
   if (part > 0 || !column_inside) return;

@@ -33,10 +33,8 @@ void with_linear_m8(int m8, bool narrow, F&& f) {
       return f(std::integral_constant<int, 2>{}, std::false_type{});
     case 4:
       return f(std::integral_constant<int, 4>{}, std::false_type{});
-    case 8:
-      return f(std::integral_constant<int, 8>{}, std::false_type{});
     default:
-      return f(std::integral_constant<int, 16>{}, std::false_type{});
+      return f(std::integral_constant<int, 8>{}, std::false_type{});
   }
 }
 
@@ -45,7 +43,7 @@ Plan plan_linear_tensor(const LinearArgs& a, const Gpu& gpu) {
   plan.way = Way::tensor;
   int chosen_bytes = 0, step = 0;
   // The smallest tile that holds all of x, or the largest that shared memory does.
-  for (int m8 = 1; m8 <= (is_narrow(gpu) ? 4 : 16); m8 *= is_narrow(gpu) ? 4 : 2) {
+  for (int m8 = 1; m8 <= (is_narrow(gpu) ? 4 : 8); m8 *= is_narrow(gpu) ? 4 : 2) {
     int bytes = 0, this_step = 0;
     with_linear_m8(m8, is_narrow(gpu), [&](auto rows, auto narrow) {
       using Tile = LinearTile<f16, rows, narrow>;
@@ -92,8 +90,8 @@ cudaError_t launch_few_rows(const Plan& plan, const T* x, const Weight& w, const
                       : plan.tile_m == 2 ? linear_few_rows_kernel<T, 2>
                                          : linear_few_rows_kernel<T, 4>;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.m_tiles));
-  return launch(kernel, grid, kFewThreads, few_shared_bytes(plan.tile_m, slice_warps), stream, x,
-                w, out, slice_warps);
+  return launch(kernel, grid, kFewThreads, few_shared_bytes(plan.tile_m, slice_warps), stream, x, w,
+                out, slice_warps);
 }
 
 template <class T>

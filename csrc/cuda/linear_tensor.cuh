@@ -1,12 +1,12 @@
-// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block]  (+ bias[n])
-// on tensor cores, w decoded inside the product.
+// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block]  (+
+// bias[n]) on tensor cores, w decoded inside the product.
 //
 // x [M, K], codes [N, K], y [M, N], all dense; T bfloat16 or float16. A block owns y[8 * kM8, 128]
 // over one of gridDim.y stretches of k: its warps take 16 or 32 rows of w each, and where they are
 // 32, two warps share the rows and take 64 columns each of a step's 128. The host has checked that
 // K is a multiple of 16 and that x and codes are aligned to 16 bytes.
 //
-// Each weight is decoded once for up to 128 rows of x, by the lane that multiplies it: 16 codes of
+// Each weight is decoded once for up to 64 rows of x, by the lane that multiplies it: 16 codes of
 // a row that follow each other (one load, one scale), which are its part of four products of the
 // tensor core. Codes take their turn in shared memory only to be on their way early (each lane
 // reads what it copied itself); decoded weights never go there. The scale multiplies in float32,
@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
   const int group = lane / 4, quad = lane % 4;
   const uint32_t lane_bytes = 4 * lane;
   const int columns = static_cast<int>(w.cols), steps = (columns + Tile::kStep - 1) / Tile::kStep;
-  const int first = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / gridDim.y);
-  const int last = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / gridDim.y);
+  const Stretch stretch = my_stretch(steps);
   const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * 8 * kM8;
   const int64_t first_n = static_cast<int64_t>(blockIdx.x / m_tiles) * kLinearTileN +
                           owner * 16 * kN16 + group;  // the lane's rows: this, 8 more, ...
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
   const typename Tile::X rows_of_x(x, first_m, out.rows, columns);
 
   const auto fetch = [&](int step, int slot) {
-    if (step < last) {
+    if (step < stretch.last) {
       unsigned char* stage = ring + slot * Tile::kStageBytes;
       const int start = step * Tile::kStep;
       rows_of_x.fetch(stage, start);
@@ -84,12 +83,12 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
   };
 
   float sums[kN16][kM8][4] = {};
-  for (int s = 0; s < stages - 1; ++s) fetch(first + s, s);
-  fetch_scales(first);
+  for (int s = 0; s < stages - 1; ++s) fetch(stretch.first + s, s);
+  fetch_scales(stretch.first);
   fill_table<kTensorThreads>(table, w.codebook);
   int slot = 0;
 #pragma unroll 1
-  for (int step = first; step < last; ++step) {
+  for (int step = stretch.first; step < stretch.last; ++step) {
     wait_for_stage(stages);
     sync_threads();  // for the others' copies, and until the slot filled next has been read
     fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
@@ -103,8 +102,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
       scale[i] = next_scale[i];
     }
     fetch_scales(step + 1);
-    // With many sums there are no registers for both halves at once.
-#pragma unroll(kM8 > 8 ? 1 : 2)
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][kN16][4];
 #pragma unroll
@@ -114,8 +112,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const int run = 2 * i + r % 2, byte = r / 2 * 2;
-            const uint32_t word =
-                half == 0 ? word_of(codes[run], s) : word_of(codes[run], 2 + s);
+            const uint32_t word = word_of(codes[run], 2 * half + s);
             a[s][i][r] = pack<T>(level_of(table, lane_bytes, word, byte) * scale[run],
                                  level_of(table, lane_bytes, word, byte + 1) * scale[run]);
           }
@@ -132,7 +129,6 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
     }
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
-  copy_async_wait<0>();
   if constexpr (kParts > 1) {
     float* exchange = reinterpret_cast<float*>(ring);
     add_parts<kParts, kN16 * kM8 * 4>(&sums[0][0][0], exchange, owner, part, lane);

@@ -74,8 +74,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// cp.async: 16 or 8 bytes from global to shared memory, or zeros where not `inside`; lands at the wait.
-// sm_75 copies at once.
+// cp.async: 16 or 8 bytes from global to shared memory, or zeros where not `inside`; lands at the
+// wait. sm_75 copies at once.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool inside) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),

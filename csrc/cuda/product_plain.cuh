@@ -37,13 +37,12 @@ __global__ void __launch_bounds__(kPlainThreads)
     product_plain_kernel(const T* x, Weight w, Results<T> out, int m_tiles) {
   using Tile = PlainTile<kRows>;
   float* levels = shared_memory<float>();
-  float* x_tile = levels + kLevels;                        // [kPlainInner][kXStride]
-  float* w_tile = x_tile + kPlainInner * Tile::kXStride;   // [kPlainInner][kWStride]
+  float* x_tile = levels + kLevels;                       // [kPlainInner][kXStride]
+  float* w_tile = x_tile + kPlainInner * Tile::kXStride;  // [kPlainInner][kWStride]
   const int thread = threadIdx.x;
-  const int64_t inner = kGrad ? w.rows : w.cols, outer = kGrad ? w.cols : w.rows;
-  const int64_t steps = ceil_div(inner, kPlainInner);
-  const int64_t first = steps * blockIdx.y / gridDim.y;
-  const int64_t last = steps * (blockIdx.y + 1) / gridDim.y;
+  const int inner = static_cast<int>(kGrad ? w.rows : w.cols);
+  const int64_t outer = kGrad ? w.cols : w.rows;
+  const Stretch stretch = my_stretch((inner + kPlainInner - 1) / kPlainInner);
   const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * Tile::kM;
   const int64_t first_o = static_cast<int64_t>(blockIdx.x / m_tiles) * kPlainOuter;
   // Neighbouring threads own neighbouring outputs.
@@ -52,34 +51,35 @@ __global__ void __launch_bounds__(kPlainThreads)
   levels[thread] = w.codebook[thread];
 
   float sums[kRows][4] = {};
-  for (int64_t step = first; step < last; ++step) {
-    const int64_t start = step * kPlainInner;
+  for (int step = stretch.first; step < stretch.last; ++step) {
+    const int start = step * kPlainInner;
     sync_threads();  // until the tiles have been read; the first time, for the levels
-#pragma unroll
-    for (int i = thread; i < kPlainInner * Tile::kM; i += kPlainThreads) {
-      const int at = i % kPlainInner, m = i / kPlainInner;
-      const bool inside = start + at < inner && first_m + m < out.rows;
-      x_tile[at * Tile::kXStride + m] =
-          inside ? widen(x[(first_m + m) * inner + start + at]) : 0.0f;
+    const int x_at = thread % kPlainInner, x_m = thread / kPlainInner;
+#pragma unroll 2
+    for (int m = x_m; m < Tile::kM; m += kPlainThreads / kPlainInner) {
+      const bool inside = start + x_at < inner && first_m + m < out.rows;
+      x_tile[x_at * Tile::kXStride + m] =
+          inside ? widen(x[(first_m + m) * inner + (start + x_at)]) : 0.0f;
     }
-#pragma unroll 4
-    for (int i = thread; i < kPlainInner * kPlainOuter; i += kPlainThreads) {
-      // Neighbouring threads read neighbouring columns of w.
-      const int at = kGrad ? i / kPlainOuter : i % kPlainInner;
-      const int o = kGrad ? i % kPlainOuter : i / kPlainInner;
+    // Neighbouring threads read neighbouring columns of w, all at the same distance below.
+    constexpr int kAcross = kGrad ? kPlainOuter : kPlainInner;
+    constexpr int kDown = kGrad ? kPlainInner : kPlainOuter;
+    const int across = thread % kAcross;
+    const int64_t k = (kGrad ? first_o : start) + across;
+#pragma unroll 2
+    for (int down = thread / kAcross; down < kDown; down += kPlainThreads / kAcross) {
+      const int64_t n = (kGrad ? start : first_o) + down;
       float weight = 0.0f;
-      if (start + at < inner && first_o + o < outer) {
-        const int64_t n = kGrad ? start + at : first_o + o, k = kGrad ? first_o + o : start + at;
+      if (k < w.cols && n < w.rows) {
         const int64_t flat = n * w.cols + k;
         weight = levels[w.codes[flat]] * w.absmax[block_of(flat, w.block_shift)];
       }
-      w_tile[at * Tile::kWStride + o] = weight;
+      w_tile[(kGrad ? down : across) * Tile::kWStride + (kGrad ? across : down)] = weight;
     }
     sync_threads();
 #pragma unroll 8
     for (int at = 0; at < kPlainInner; ++at) {
-      const float4 weights =
-          *reinterpret_cast<const float4*>(w_tile + at * Tile::kWStride + my_o);
+      const float4 weights = *reinterpret_cast<const float4*>(w_tile + at * Tile::kWStride + my_o);
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
         const float value = x_tile[at * Tile::kXStride + my_m + m];

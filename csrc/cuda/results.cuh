@@ -38,6 +38,16 @@ struct Results {
   }
 };
 
+// The block's steps of the sum, where it is split over gridDim.y blocks. At most 16 share fewer
+// than 2^26 steps.
+struct Stretch {
+  int first, last;
+};
+__device__ __forceinline__ Stretch my_stretch(int steps) {
+  const int splits = static_cast<int>(gridDim.y), split = static_cast<int>(blockIdx.y);
+  return {steps * split / splits, steps * (split + 1) / splits};
+}
+
 constexpr int kSumThreads = 256;
 
 // y[i] = sum over s of partial[s, i] + bias[i % width], rounded once. A thread owns one element.

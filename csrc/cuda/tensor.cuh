@@ -33,8 +33,8 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
   }
 }
 
-// A tile of x [M, width] in shared memory: 8 * kM8 rows, kStep columns. What lies outside of x is 0.
-// Shared memory serves eight lanes' reads of 16 bytes at a time: two rows, four places kApart
+// A tile of x [M, width] in shared memory: 8 * kM8 rows, kStep columns. What lies outside of x is
+// 0. Shared memory serves eight lanes' reads of 16 bytes at a time: two rows, four places kApart
 // columns apart. So that all eight are in different banks, in odd rows the places that one row
 // reads are exchanged for those that it leaves out.
 template <class T, int kM8, int kStep, int kApart>
@@ -65,9 +65,10 @@ class RowTile {
 
   // The lane's 8 values of row 8 j + g from `column` on: its part of B for two products.
   static __device__ __forceinline__ uint4 read(const void* tile, int j, int group, int column) {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(tile) +
-                                           (8 * j + group) * kStep + exchanged(column, group));
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(tile) + (8 * j + group) * kStep +
+                                           exchanged(column, group));
   }
+
  private:
   static_assert(sizeof(T) == 2);
   static constexpr int kPieces = kStep / 8;  // 16 bytes each
@@ -88,8 +89,8 @@ class RowTile {
 // d[i][j] += A[i] @ B[j] for the places of the sum that one 8-byte half of a read covers. kNarrow:
 // as two products half as deep, all that sm_75 has.
 template <class T, bool kNarrow>
-__device__ __forceinline__ void multiply_tile(float (&d)[4], const uint32_t (&a)[4],
-                                              uint32_t b_low, uint32_t b_high) {
+__device__ __forceinline__ void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low,
+                                              uint32_t b_high) {
   if constexpr (kNarrow) {
     const uint32_t low[2] = {a[0], a[1]}, high[2] = {a[2], a[3]};
     mma_16x8x8_f16(d, low, b_low);

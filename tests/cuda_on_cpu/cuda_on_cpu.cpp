@@ -236,17 +236,26 @@ void run_block() {
   for (int i = 0; i < threads; ++i) prepare(fibers[i], i);
   barrier = Meeting{};
   groups.clear();
-  std::vector<int64_t> turns(threads);
+  // As numbered, all threads keep step. In other orders a warp runs as far as it can before the
+  // next: so one may be ahead of another by all that no barrier forbids.
+  const int stretch = order == 0 ? threads : 32;
+  std::vector<int64_t> stretches((threads + stretch - 1) / stretch), turns(stretch);
   for (bool progress = true; progress && !failed;) {
     progress = false;
-    arrange(turns);
-    for (const int64_t i : turns) {
-      Fiber& fiber = fibers[i];
-      if (fiber.state != State::ready || failed) continue;
-      progress = true;
-      current = static_cast<int>(i);
-      threadIdx = fiber.thread;
-      enter_fiber(fiber);
+    arrange(stretches);
+    for (const int64_t number : stretches) {
+      for (bool moved = true; moved && !failed;) {
+        moved = false;
+        arrange(turns);
+        for (const int64_t turn : turns) {
+          const int64_t i = number * stretch + turn;
+          if (i >= threads || fibers[i].state != State::ready || failed) continue;
+          moved = progress = true;
+          current = static_cast<int>(i);
+          threadIdx = fibers[i].thread;
+          enter_fiber(fibers[i]);
+        }
+      }
     }
   }
   const auto is_waiting = [](const Fiber& f) { return f.state == State::waiting; };

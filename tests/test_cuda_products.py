@@ -1,0 +1,225 @@
+"""linear and linear_grad_input in CUDA, run on the CPU for GPUs of several kinds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BLOCK_SIZES, DTYPES, Quantized, random_quantized, relative_error
+from cuda_emulation import emulator
+from torch import Tensor
+
+from gptj_q8.backends import cuda
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Few multiprocessors, so that small products are split and blocks take several turns."""
+
+    name: str
+    processors: int
+    shared_kb: int
+    capability: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+T4 = Gpu("T4", 3, 64, 75)
+A100 = Gpu("A100", 5, 163, 80)
+RTX3090 = Gpu("RTX3090", 2, 99, 86)
+H100 = Gpu("H100", 4, 227, 90)
+GPUS = (T4, A100, RTX3090, H100)
+
+# M, N, K. K a multiple of 16: the fast kernels. Rows shorter than a slice or step, tails of N as
+# lm_head's (50400 is 96 more than a multiple of 128), several tiles of M, sums that are split.
+FAST = [
+    (1, 1, 16),
+    (1, 37, 48),
+    (1, 300, 528),
+    (2, 50, 4096),
+    (3, 9, 8976),
+    (5, 130, 256),
+    (6, 40, 4096),
+    (8, 224, 144),
+    (13, 200, 1040),
+    (17, 96, 512),
+    (33, 136, 272),
+    (70, 136, 96),
+    (130, 72, 160),
+    (20, 1032, 128),
+    (9, 2056, 16),
+]
+# Any size: one element; rows that no vector fits; N that no vector of dy fits.
+ODD = [(1, 1, 1), (5, 33, 33), (40, 70, 100), (19, 129, 64), (66, 31, 257)]
+
+
+@contextlib.contextmanager
+def running(gpu: Gpu, order: int = 0) -> Iterator[None]:
+    with emulator().force(), emulator().on(gpu.processors, gpu.shared_kb, gpu.capability):
+        emulator().set_order(order)
+        try:
+            yield
+        finally:
+            emulator().set_order(0)
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def is_good(actual: Tensor, plain: Tensor, truth: Tensor) -> bool:
+    """As test_ops.py asks: float32 within 1e-5, 16 bits within twice PyTorch's own error."""
+    error = relative_error(actual, truth)
+    if actual.dtype == torch.float32:
+        return error < 1e-5
+    rounding = relative_error(truth.to(actual.dtype), truth)
+    return error <= 2 * max(relative_error(plain, truth), rounding)
+
+
+def both_are_good(m: int, w: Quantized, block_size: int, dtype: torch.dtype) -> bool:
+    n, k = w.truth.shape
+    x, dy, bias = random(m, k, dtype=dtype), random(m, n, dtype=dtype), random(n, dtype=dtype)
+    weight = w.truth.to(dtype)
+    y = cuda.linear(x, *w.parts, bias, block_size)
+    dx = cuda.linear_grad_input(dy, *w.parts, block_size)
+    assert (y.shape, y.dtype) == ((m, n), dtype)
+    assert (dx.shape, dx.dtype) == ((m, k), dtype)
+    return is_good(y, F.linear(x, weight, bias), x.double() @ w.truth.T + bias.double()) and (
+        is_good(dx, dy @ weight, dy.double() @ w.truth)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_products(gpu: Gpu, dtype: torch.dtype) -> None:
+    for number, (m, n, k) in enumerate(FAST + ODD):
+        block_size = BLOCK_SIZES[number % len(BLOCK_SIZES)]
+        w = random_quantized(n, k, block_size, "arbitrary")
+        with running(gpu, order=number % 4):
+            assert both_are_good(m, w, block_size, dtype), f"{m, n, k}, blocks of {block_size}"
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_products_with_every_block_size(block_size: int) -> None:
+    for m in (1, 4, 12):
+        w = random_quantized(50, 272, block_size, "arbitrary")
+        with running(H100):
+            assert both_are_good(m, w, block_size, torch.bfloat16), m
+
+
+@pytest.mark.parametrize("gpu", [T4, H100], ids=str)
+def test_every_number_of_rows(gpu: Gpu) -> None:
+    w = random_quantized(24, 80, 32, "arbitrary")
+    with running(gpu):
+        for m in range(1, 131):
+            assert both_are_good(m, w, 32, torch.float16), m
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 12])
+def test_every_order_of_threads_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
+    w = random_quantized(136, 1040, 64, "arbitrary")
+    x, dy = random(m, 1040, dtype=dtype), random(m, 136, dtype=dtype)
+    results = []
+    for order in range(4):
+        with running(H100, order):
+            results.append(cuda.linear(x, *w.parts, None, 64))
+            results.append(cuda.linear_grad_input(dy, *w.parts, 64))
+    assert all(torch.equal(y, results[0]) for y in results[2::2])
+    assert all(torch.equal(dx, results[1]) for dx in results[3::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 12])
+def test_tensors_that_begin_anywhere(m: int, dtype: torch.dtype) -> None:
+    w = random_quantized(48, 96, 32, "arbitrary")
+    codes, absmax, codebook = w.parts
+    moved = torch.cat([codes.new_zeros(1), codes.flatten()])[1:].view_as(codes)
+    assert moved.data_ptr() % 16 == 1
+    x, dy = random(m, 96, dtype=dtype), random(m, 48, dtype=dtype)
+    moved_x, moved_dy = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in (x, dy))
+    with running(H100):
+        for rows, codes_ in ((x, moved), (moved_x, codes)):
+            y = cuda.linear(rows, codes_, absmax, codebook, None, 32)
+            assert is_good(y, F.linear(x, w.truth.to(dtype)), x.double() @ w.truth.T)
+        for rows, codes_ in ((dy, moved), (moved_dy, codes)):
+            dx = cuda.linear_grad_input(rows, codes_, absmax, codebook, 32)
+            assert is_good(dx, dy @ w.truth.to(dtype), dy.double() @ w.truth)
+
+
+@pytest.mark.parametrize("bias_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 256), (12, 1024), (12, 100)])
+def test_the_bias_is_added_before_the_one_rounding(m: int, k: int, bias_dtype: torch.dtype) -> None:
+    """1 + 2^-8 rounds to 1 in bfloat16, and 1 + 2^-8 + 2^-9 to 1 + 2^-7."""
+    table = torch.arange(-128, 128).div(128)
+    codes = torch.full((20, k), 128, dtype=torch.uint8)  # 0
+    codes[:, :2] = 192  # 0.5
+    x = torch.zeros(m, k, dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = 2, 2.0**-7
+    bias = torch.full((20,), 2.0**-9, dtype=bias_dtype)
+    with running(H100):
+        y = cuda.linear(x, codes, torch.ones(-(-20 * k // 32)), table, bias, 32)
+        without = cuda.linear(x, codes, torch.ones(-(-20 * k // 32)), table, None, 32)
+    assert torch.equal(y, torch.full_like(y, 1 + 2.0**-7))
+    assert torch.equal(without, torch.ones_like(y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 3, 12])
+@pytest.mark.parametrize("k", [256, 100])
+def test_infinities_and_nans_stay_in_their_row(m: int, k: int, dtype: torch.dtype) -> None:
+    w = random_quantized(16, k, 64, "arbitrary")
+    x = random(m, k, dtype=dtype)
+    clean = x.clone()
+    x[0, 3], x[0, 70] = torch.inf, torch.nan
+    with running(H100):
+        y = cuda.linear(x, *w.parts, None, 64)
+        expected = cuda.linear(clean, *w.parts, None, 64)
+    assert y[0].isnan().all()
+    assert torch.equal(y[1:], expected[1:])
+
+
+FILES = ("linear", "tensor", "grad_tensor", "product_plain", "results")
+# What reaches every barrier and wait of the products: GPU, M, N, K, dtype.
+BITING = [
+    (H100, 1, 300, 4096, torch.float32),  # several chunks of rows to a block
+    (H100, 12, 160, 1040, torch.float16),  # 4 stages
+    (H100, 20, 160, 1040, torch.bfloat16),  # 3 stages
+    (A100, 40, 160, 1040, torch.bfloat16),
+    (RTX3090, 40, 160, 1040, torch.bfloat16),  # 2 stages
+    (T4, 12, 160, 1040, torch.float16),
+    (H100, 12, 70, 100, torch.float32),
+]
+
+
+def test_no_barrier_or_wait_is_idle() -> None:
+    weights = {n_k: random_quantized(*n_k, 32, "arbitrary") for n_k in {c[2:4] for c in BITING}}
+
+    def all_good() -> bool:
+        for gpu, m, n, k, dtype in BITING:
+            for order in (0, 1, 2):
+                with running(gpu, order):
+                    try:
+                        if not both_are_good(m, weights[n, k], 32, dtype):
+                            return False
+                    except RuntimeError:
+                        return False
+        return True
+
+    assert all_good()
+    ours = sorted(site for site in emulator().sites() if site.startswith(FILES))
+    assert {site.split(":")[0] for site in ours} == {
+        "linear_few_rows.cuh",
+        "linear_tensor.cuh",
+        "tensor.cuh",
+        "grad_tensor.cuh",
+        "product_plain.cuh",
+    }
+    for site in ours:
+        with emulator().without(site):
+            assert not all_good(), f"{site} can be left out"
