@@ -18,6 +18,7 @@ from transformers.models.gptj import modeling_gptj
 from gptj_q8 import convert
 from gptj_q8.checkpoint import adapters, old, stored
 from gptj_q8.checkpoint.shards import Entry
+from gptj_q8.checkpoint.source import faults_named
 from gptj_q8.models import LEFTOVERS
 from gptj_q8.nn.frozen import (
     ADAPTER_DROPOUT,
@@ -159,6 +160,12 @@ class _InOldLayout(nn.Module):
             super().__init__(config, *args, **kwargs)
         convert_to_int8(self)
         self.register_load_state_dict_pre_hook(_drop_leftovers)
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'; reads checkpoints in the old layout, and no other."""
+        with faults_named(name):
+            return super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _load_pretrained_model(

@@ -1,13 +1,11 @@
 """Loads a model in 8 bits, in whatever form it is stored."""
 
 import os
-import pickle
-from pathlib import Path
 from typing import Any
 
 from gptj_q8.checkpoint import old, stored
 from gptj_q8.checkpoint.shards import find
-from gptj_q8.checkpoint.source import local_directory
+from gptj_q8.checkpoint.source import faults_named, local_directory
 from gptj_q8.config import QUANT_METHOD, Q8Config
 
 # What from_pretrained must know to find config.json.
@@ -51,15 +49,8 @@ def from_pretrained(
         raise ValueError(f"{name_or_path}: is quantized already ({method})")
     if quantization_config is not None or not present:
         kwargs["quantization_config"] = quantization_config or Q8Config()
-    try:
+    with faults_named(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        # Transformers looks into a pickle before our quantizer does, if config.json has no dtype.
-        if Path(name_or_path).is_dir():
-            stored.entries(find(Path(name_or_path)))  # names the file and its fault
-        if isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{name_or_path}: its weights are no plain state dict") from error
-        raise
 
 
 def load_as_stored(name: str, **kwargs: Any) -> Any:

@@ -77,7 +77,7 @@ def _is_layer(module: nn.Module) -> bool:
 def check_model(
     entries: Mapping[str, Entry], model: Any, is_layer: Callable[[nn.Module], bool] = _is_layer
 ) -> None:
-    """ValueError unless the checkpoint is one of this model, but for its head.
+    """ValueError unless the checkpoint is one of this model; another head may be missing.
 
     entries: as stored. model: a Transformers model without data. is_layer: whether a module of it
     must have a matrix in the checkpoint.
@@ -91,12 +91,16 @@ def check_model(
                 f"{entries[f'{name}.weight'].file}: holds {name}.weight, which "
                 f"{type(model).__name__} has no place for"
             )
+    quantized = set(quantized_names(entries))
     in_model = f"{prefix}." if hasattr(model, prefix) else ""
     known = naming.model_names(model, entries)
     for name, module in modules.items():
-        if not name.startswith(in_model) or not is_layer(module):
+        if not is_layer(module):
             continue
-        if naming.base_name(name, prefix, "weight", known) is None:
+        base = naming.base_name(name, prefix, "weight", known)
+        if base in quantized:
+            stored.check_shape(entries, f"{base}.weight", module.weight.shape)
+        elif base is None and name.startswith(in_model):
             file = next(iter(entries.values())).file
             raise ValueError(f"{file}: lacks {name}.weight, which {type(model).__name__} needs")
 

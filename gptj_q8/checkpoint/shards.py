@@ -169,6 +169,10 @@ class Shard:
             ) from error
         except (SafetensorError, RuntimeError, EOFError, *_DAMAGED_PICKLE) as error:
             raise ValueError(f"{self.path}: truncated or damaged: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # as PyTorch seeks in half a file
+                raise
+            raise ValueError(f"{self.path}: truncated or damaged") from error
 
 
 def _tensors(state: object) -> dict[str, Tensor]:

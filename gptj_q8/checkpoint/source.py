@@ -1,10 +1,17 @@
 """The model to convert: its folder, its configuration, what goes along with its weights."""
 
+import os
+import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint.shards import find
 
 # What goes along with the weights as it is.
 COMPANIONS = (
@@ -42,6 +49,24 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
             f"{source} is no folder here and could not be fetched from the Hub: {reason}"
         ) from error
     return directory
+
+
+@contextmanager
+def faults_named(name: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Names the file at fault where Transformers' errors do not; name: a directory or a Hub id.
+
+    Transformers reads an index, and a pickle if config.json has no dtype, before our quantizer is
+    asked. ValueError.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        if name is not None and Path(name).is_dir():
+            with suppress(FileNotFoundError):  # the weights may have other names
+                stored.entries(find(Path(name)))
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{name}: its weights are no plain state dict") from error
+        raise
 
 
 def empty_model(directory: Path) -> tuple[Any, Any]:
