@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -110,7 +110,7 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 
 
 # Each runs in a process of its own, which waits for a line once everything is imported.
-_READY = """
+READY = """
 import json, sys
 from transformers import GPTJForCausalLM
 import gptj_q8
@@ -122,7 +122,7 @@ _CONVERT = """
 report = convert_checkpoint(sys.argv[1], sys.argv[2])
 print(json.dumps([report.bytes_before, report.bytes_after, report.bits_per_weight]), flush=True)
 """
-_LOAD = """
+LOAD = """
 model = gptj_q8.from_pretrained(sys.argv[1])
 print(json.dumps(model.num_parameters()), flush=True)
 """
@@ -130,25 +130,35 @@ print(json.dumps(model.num_parameters()), flush=True)
 
 def convert_and_load(source: Path, target: Path) -> Conversion:
     """Convert `source` to `target`, then load each of them in 8 bits."""
-    (before, after, bits), seconds, peak = _watch(_CONVERT, source, target)
-    _, quantizing_seconds, quantizing_peak = _watch(_LOAD, source)
-    _, load_seconds, load_peak = _watch(_LOAD, target)
+    converted, quantized = watch(READY + _CONVERT, source, target), watch(READY + LOAD, source)
+    loaded = watch(READY + LOAD, target)
+    before, after, bits = converted.answer
     return Conversion(
         before,
         after,
         bits,
-        seconds,
-        peak,
-        quantizing_seconds,
-        quantizing_peak,
-        load_seconds,
-        load_peak,
+        converted.seconds,
+        converted.peak - converted.imports,
+        quantized.seconds,
+        quantized.peak - quantized.imports,
+        loaded.seconds,
+        loaded.peak - loaded.imports,
     )
 
 
-def _watch(code: str, *arguments: Path) -> tuple[Any, float, int]:
-    """Run code in a process of its own; return its answer, seconds and peak of memory."""
-    command = [sys.executable, "-c", _READY + code, *map(str, arguments)]
+class Watched(NamedTuple):
+    """What a process printed last, as JSON; how long it ran after its imports; its anonymous memory
+    in bytes, at most and after its imports."""
+
+    answer: Any
+    seconds: float
+    peak: int
+    imports: int
+
+
+def watch(code: str, *arguments: Path) -> Watched:
+    """Run code, which begins as READY does, in a process of its own, and watch its memory."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -169,7 +179,7 @@ def _watch(code: str, *arguments: Path) -> tuple[Any, float, int]:
         answer = process.stdout.read()
     if process.returncode != 0:
         raise RuntimeError(f"bench_convert: {code.strip()} failed: {process.returncode}")
-    return json.loads(answer), seconds, peak - after_imports
+    return Watched(json.loads(answer.splitlines()[-1]), seconds, peak, after_imports)
 
 
 def _anonymous(status: Path) -> int:
