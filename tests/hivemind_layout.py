@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import IDS, gptj
 from torch import Tensor, nn
-from transformers import GPTJForCausalLM
+from transformers import PreTrainedModel
 
 BLOCK = 4096
 RANK = 3
@@ -59,7 +59,7 @@ def state_dict(
     scales: torch.dtype = torch.float32,
     adapters: str = "none",
     floats: torch.dtype = torch.float32,
-    model: GPTJForCausalLM | None = None,
+    model: PreTrainedModel | None = None,
 ) -> dict[str, Tensor]:
     """What `state_dict()` gave in the old code; model: the original, a tiny random one by default.
 
@@ -78,8 +78,8 @@ def state_dict(
             state[f"{name}.weight"] = module.weight.detach().to(floats)
         if getattr(module, "bias", None) is not None:
             state[f"{name}.bias"] = module.bias.detach().to(floats)
-        if name.endswith(".attn"):
-            positions = model.config.n_positions
+        if hasattr(module, "q_proj"):
+            positions = model.config.max_position_embeddings
             mask = torch.ones(positions, positions, dtype=torch.uint8).tril()
             state[f"{name}.bias"] = mask.view(1, 1, positions, positions)
             state[f"{name}.masked_bias"] = torch.tensor(-1e9)
@@ -97,10 +97,10 @@ def adapter(name: str, shape: torch.Size, embeds: bool, kind: str) -> dict[str, 
     }
 
 
-def config(model: GPTJForCausalLM) -> dict[str, object]:
+def config(model: PreTrainedModel) -> dict[str, object]:
     """The config.json of such a checkpoint: nothing in it tells of 8 bits."""
     made = model.config.to_dict()
-    made["architectures"] = ["GPTJForCausalLM"]
+    made["architectures"] = [type(model).__name__]
     made.pop("dtype", None)
     return {**made, "torch_dtype": "float32", "transformers_version": "4.14.1"}
 
@@ -109,7 +109,7 @@ def write(
     directory: Path,
     state: Mapping[str, Tensor],
     form: str = "bin",
-    model: GPTJForCausalLM | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Path:
     """Write a checkpoint: a pickle, safetensors, or shards of either. model: for its config."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -173,8 +173,8 @@ class OldEmbedding(OldLinear):
 
 
 def old_model(
-    state: Mapping[str, Tensor], original: GPTJForCausalLM | None = None
-) -> GPTJForCausalLM:
+    state: Mapping[str, Tensor], original: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """GPT-J in float64 with the old modules in it. original: gives its shape, if not a tiny one."""
     model = (gptj() if original is None else copy.deepcopy(original)).double()
     for name, module in list(model.named_modules()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import hivemind_layout as old
 import pytest
@@ -10,13 +11,14 @@ import torch
 from command_line import float32, read_json, run, save_byte_gptj
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import contents, load, logits, relative
-from transformers import AutoModelForCausalLM
+from tiny import IDS, contents, load, logits, relative
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import gptj_q8
 from gptj_q8.checkpoint import convert_checkpoint
 from gptj_q8.config import Q8Config
 from gptj_q8.hf import layers
+from gptj_q8.hivemind import GPTJForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -241,6 +243,49 @@ def test_a_head_of_another_kind(tmp_path):
     assert type(model.score) is torch.nn.Linear
 
 
+def test_hub_id(tmp_path):
+    """Known by its tensors from the Hub's cache as well, where files are links."""
+    state = old.state_dict(adapters="attention")
+    old.write(tmp_path / "blobs", state, "bin-shards")
+    repository = tmp_path / "models--someone--gpt-j-6B-8bit"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for path in (tmp_path / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    for read in (gptj_q8.from_pretrained, GPTJForCausalLM.from_pretrained):
+        model = read("someone/gpt-j-6B-8bit", **options)
+        assert relative(logits(model), old.old_logits(state)) < CLOSE
+
+
+def test_another_family(tmp_path):
+    """GPT-Neo was offered so as well; its tied matrices were stored twice."""
+    model = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=130,
+            hidden_size=48,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64,
+            window_size=8,
+        )
+    )
+    state = old.state_dict(model=model)
+    assert {"lm_head.weight", "transformer.h.1.attn.attention.bias"} < state.keys()
+    old.write(tmp_path / "old", state, model=model)
+    with torch.no_grad():
+        expected = old.old_model(state, model.eval())(IDS).logits
+    loaded = gptj_q8.from_pretrained(tmp_path / "old")
+    loaded.save_pretrained(tmp_path / "saved")
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    for each in (loaded, load(tmp_path / "saved"), load(tmp_path / "new")):
+        assert relative(logits(each), expected) < CLOSE
+        assert each.lm_head.codes is each.transformer.wte.codes
+
+
 def test_float_checkpoints_are_none_of_these(float_dir, stored_dir):
     assert gptj_q8.from_pretrained(float_dir).lm_head.block_size == 256
     assert gptj_q8.from_pretrained(stored_dir).lm_head.block_size == 256
@@ -267,3 +312,14 @@ def test_command_line(tmp_path, kind):
         for path in (tmp_path / "old", tmp_path / "new")
     ]
     assert (said[0]["text"] == said[1]["text"]) == (kind == "none")
+
+
+@pytest.mark.slow
+def test_memory_of_a_full_size_checkpoint(tmp_path):
+    """5.75 GiB, written, loaded both ways and converted: a minute and 12.4 GB of disk."""
+    bench = pytest.importorskip("benchmarks.bench_old_checkpoint", reason="needs the repository")
+    size = bench.write_apart(tmp_path / "old", layers=28)
+    assert size > 5.75 * 2**30
+    for name, watched in bench.measure(tmp_path / "old", tmp_path / "new").items():
+        assert watched.peak < 7e9, name
+    shutil.rmtree(tmp_path)

@@ -262,6 +262,28 @@ def test_dequantize_and_embedding(
             assert torch.equal(rows, expected[ids.long()])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decoding_takes_tables_in_any_order_without_a_zero(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """As old checkpoints may hold them; `quantize` alone asks for order and a 0."""
+    n, k, block_size = 65, 300, 64
+    w = random_quantized(n, k, block_size, "arbitrary")
+    table = torch.linspace(-1, 1, 256)[torch.randperm(256)]
+    scales = w.absmax.repeat_interleave(block_size)[: n * k].view(n, k)
+    truth = (table[w.codes.long()] * scales).double().to(device)
+    parts = [part.to(device) for part in (w.codes, w.absmax, table)]
+    assert torch.equal(ops.dequantize(*parts, block_size, dtype), truth.float().to(dtype))
+    for m in (1, 5, 70):
+        x, dy = random(m, k, dtype=dtype, device=device), random(m, n, dtype=dtype, device=device)
+        y, dx = (
+            ops.linear(x, *parts, None, block_size),
+            ops.linear_grad_input(dy, *parts, block_size),
+        )
+        check_product(y, F.linear(x, truth.to(dtype)), x.double() @ truth.T)
+        check_product(dx, dy @ truth.to(dtype), dy.double() @ truth)
+
+
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("numel", "block_size"), [(1, 32), (1000, 256), (20_001, 4096), (70, 64)])

@@ -5,16 +5,36 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import hivemind_layout
 import pytest
+from tiny import IDS, relative
+from transformers.models.gptj import modeling_gptj
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(blocks()[0], names)
     assert names["model"].is_quantized
     assert (tmp_path / "out" / "my-8bit" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_old_checkpoints_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny checkpoint in the place of the one on the Hub."""
+    monkeypatch.setattr(modeling_gptj, "GPTJBlock", modeling_gptj.GPTJBlock)  # restores it
+    folder = hivemind_layout.write(tmp_path / "old", hivemind_layout.state_dict())
+    loaded = []
+    for block in blocks():
+        if "hivemind/gpt-j-6B-8bit" in block:
+            names: dict[str, object] = {}
+            exec(block.replace("hivemind/gpt-j-6B-8bit", str(folder)), names)
+            loaded.append(names["model"](IDS).logits)
+    assert relative(loaded[0], loaded[1]) < 1e-6

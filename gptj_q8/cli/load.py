@@ -125,7 +125,7 @@ def quieten() -> None:
     """Leaves libraries their errors only; their bars and hints would tear the screen."""
     # Transformers imports torchao where it is installed, which tells of each GPU library that it
     # cannot load, and makes PyTorch warn of its enums. huggingface_hub tells of every retry.
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch|torchao|huggingface_hub)\b.*")
     warnings.showwarning = _say_warning
