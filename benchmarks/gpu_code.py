@@ -111,18 +111,18 @@ def take_apart(compiled: Any, target: Target, inside: str = "") -> Code:
     if target.gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
         ops = re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)
-        local = int(_find(r"\.private_segment_fixed_size:\s*(\d+)", text))
-        registers = int(_find(r"\.vgpr_count:\s*(\d+)", text))
+        local = int(find(r"\.private_segment_fixed_size:\s*(\d+)", text))
+        registers = int(find(r"\.vgpr_count:\s*(\d+)", text))
         return Code(ops, ops, compiled.metadata.shared, registers, local, threads)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = _run("nvdisasm", "-c", file.name)
-        usage = _run("cuobjdump", "-res-usage", file.name)
-    ops, jumps = _parse(text)
+        text = run_tool("nvdisasm", "-c", file.name)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+    ops, jumps = parse(text)
     loop = _loop(ops, jumps, inside)
-    local = int(_find(r"STACK:(\d+)", usage)) + int(_find(r"LOCAL:(\d+)", usage))
-    registers = int(_find(r"REG:(\d+)", usage))
+    local = int(find(r"STACK:(\d+)", usage)) + int(find(r"LOCAL:(\d+)", usage))
+    registers = int(find(r"REG:(\d+)", usage))
     return Code(ops, loop, compiled.metadata.shared, registers, local, threads)
 
 
@@ -134,8 +134,8 @@ def histogram(ops: list[str], most: int = 12) -> str:
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
 
 
-def _parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Mnemonics in order, and (from, to) of every jump back."""
+def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Mnemonics of nvdisasm's text in order, and (from, to) of every jump back."""
     ops: list[str] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -156,14 +156,16 @@ def _loop(ops: list[str], jumps: list[tuple[int, int]], inside: str) -> list[str
     return max(fitting, key=len, default=ops)
 
 
-def _find(pattern: str, text: str) -> str:
+def find(pattern: str, text: str) -> str:
+    """What the pattern's group matches. Raises ValueError if nothing does."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"no {pattern} in {text[:200]!r}")
     return found[1]
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run_tool(tool: str, *arguments: str) -> str:
+    """What one of the tools in Triton's wheel prints."""
     command = [str(_TOOLS / tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -74,7 +74,7 @@ def budget(gpu: Gpu, launch: Launch, dtype: torch.dtype, block_size: int = 256) 
     weights = launch.constants["TILE_N"] * launch.constants["TILE_K"]
     warps = code.threads // LANES
     copies = launch.kernel is linear_gemv_kernel
-    turns = warps * sum(_turns(op, copies) for op in code.loop)
+    turns = warps * sum(turns(op, copies) for op in code.loop)
     return Budget(
         gpu.codes_needed(block_size),
         ISSUED / code.per_weight(weights),
@@ -83,7 +83,7 @@ def budget(gpu: Gpu, launch: Launch, dtype: torch.dtype, block_size: int = 256) 
     )
 
 
-def _turns(op: str, copies: bool) -> float:
+def turns(op: str, copies: bool) -> float:
     """Turns of the path to shared memory and L1 that an instruction of a warp takes."""
     if re.match(r"LDS(\.U)?(\.U16)?$", op):
         return 1 if copies else LOOKUP_TURNS[2 if "U16" in op else 4]

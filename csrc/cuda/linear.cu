@@ -1,10 +1,10 @@
 // linear: y[M, N] = x[M, K] @ W[N, K].T + bias[N]. Chooses among the kernels and launches them.
 //
 // Which kernel serves what (estimates, not yet measured, from `python -m benchmarks.cuda_budget`):
-// the kernel for few rows pays M multiply-adds for each weight, the tensor cores' one about eight
-// instructions whatever M is. At M = 4 the first needs ten, so from 5 on the second serves. Where
-// no tensor core multiplies the type, the first goes to 8 rows in two tiles of 4 (the second reads
-// w from the L2 cache), above it the plain one costs less.
+// from 3 rows of x on, the multiply-adds of the kernel for few rows leave A100 and H100 short of
+// their memory's bandwidth, and the tensor cores' kernel does not; T4's bandwidth leaves room for 4
+// rows. Where no tensor core multiplies the type, the kernel for few rows goes to 8 in two tiles of
+// 4 (the second reads w from the L2 cache); above that the plain one decodes w less often.
 #include "kernels.h"
 #include "launch_plain.cuh"
 #include "linear_few_rows.cuh"
@@ -12,7 +12,8 @@
 
 namespace gptj_q8::cuda {
 
-constexpr int64_t kFewBesideTensor = 4;
+constexpr int64_t kFewBesideTensor = 2;
+constexpr int64_t kFewBesideNarrow = 4;
 constexpr int64_t kFewAlone = 8;
 
 bool is_narrow(const Gpu& gpu) {
@@ -76,7 +77,10 @@ Plan plan_linear(const LinearArgs& a, const Gpu& gpu) {
       a.weight.cols % 16 == 0 && is_aligned_to_16(a.weight.codes) && is_aligned_to_16(a.x);
   const bool has_tensor = (a.dtype == DType::float16 && gpu.capability >= 75) ||
                           (a.dtype == DType::bfloat16 && gpu.capability >= 80);
-  if (fits && a.m <= (has_tensor ? kFewBesideTensor : kFewAlone)) return plan_few_rows(a, gpu);
+  const int64_t few = !has_tensor      ? kFewAlone
+                      : is_narrow(gpu) ? kFewBesideNarrow
+                                       : kFewBesideTensor;
+  if (fits && a.m <= few) return plan_few_rows(a, gpu);
   if (fits && has_tensor) return plan_linear_tensor(a, gpu);
   return plan_plain(gpu, a.m, a.weight.cols, a.weight.rows);
 }

@@ -1,0 +1,82 @@
+"""The CUDA products compiled for every architecture, and a lint of their machine code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.cuda_budget import GPUS, Kernel, budget, kernel_for
+from benchmarks.cuda_code import ARCHS, kernels, missing_tools
+from benchmarks.gpu_code import Code, histogram
+
+OPS = ("linear", "linear_grad_input")
+
+if reason := missing_tools():
+    pytest.skip(f"compiling for GPUs: {reason}", allow_module_level=True)
+
+
+def intended(name: str, arch: str) -> str | None:
+    """The tensor-core instruction of a kernel, as a whole mnemonic; None: it has none."""
+    if "tensor" not in name or (arch == "sm_75" and "true" not in name):
+        return None  # not launched there: sm_75 lacks the wider one
+    if "true" in name:
+        return r"HMMA\.1688\.F32$"
+    return r"HMMA\.16816\.F32\.BF16$" if "bf16" in name else r"HMMA\.16816\.F32$"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", OPS)
+def test_products_are_the_code_that_was_meant(op: str, arch: str) -> None:
+    for name, code in kernels(op, arch).items():
+        what = f"{name}: {histogram(code.loop)}"
+        assert code.local == 0, f"local memory in {what}"
+        assert code.count("LDL|STL") == 0, f"spills in {what}"
+        assert code.count("RED|ATOM") == 0, f"atomics in {what}"
+        assert not any("TF32" in each for each in code.ops), what
+        meant = intended(name, arch)
+        assert code.count("HMMA") == (code.count(meant) if meant else 0), what
+        if meant:
+            assert code.count("HMMA", code.loop) >= 8, what
+            wide = r"LDG\.E.*\.128" if arch == "sm_75" else r"LDGSTS\.E\..*128"
+            assert code.count(wide, code.loop) > 0, f"no wide loads in {what}"
+        elif name.startswith("linear_few_rows"):
+            assert code.count(r"LDG\.E.*\.128", code.loop) == 4, what
+            assert code.count(r"LDS(\.U)?$", code.loop) >= 64, what
+            assert code.count("FFMA", code.loop) >= 64, what
+
+
+# Instructions of a lane for each weight: what was reached, rounded up.
+CEILINGS = {
+    "linear_few_rows_kernel<f16, 1>": 6.5,
+    "linear_few_rows_kernel<bf16, 1>": 6.5,
+    "linear_few_rows_kernel<float, 1>": 6.5,
+    "linear_few_rows_kernel<f16, 2>": 8.0,
+    "linear_tensor_kernel<f16, 1, false>": 7.4,
+    "linear_tensor_kernel<f16, 2, false>": 7.4,
+    "linear_tensor_kernel<f16, 4, false>": 7.8,
+    "linear_tensor_kernel<f16, 8, false>": 8.8,
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_instructions_for_each_weight(arch: str) -> None:
+    for name, ceiling in CEILINGS.items():
+        code: Code = kernels("linear", arch)[name]
+        assert code.per_weight(64) <= ceiling, f"{name}: {histogram(code.loop)}"
+
+
+# The part of the memory's bandwidth that a kernel must leave; above, tensor cores or the path to
+# shared memory are the limit.
+@pytest.mark.parametrize("gpu", GPUS)
+def test_few_rows_leave_the_memory_as_the_limit(gpu: str) -> None:
+    for m in range(1, 33):
+        kernel = kernel_for("linear", gpu, m)
+        assert isinstance(kernel, Kernel)
+        assert budget(kernel, gpu, m).reach > 0.99, f"{m} rows: {budget(kernel, gpu, m)}"
+
+
+def test_names_are_taken_apart() -> None:
+    names = kernels("linear", "sm_90")
+    assert all(re.fullmatch(r"\w+_kernel<[\w, ]+>", name) for name in names), list(names)
+    assert len(names) == 9 + 10 + 6 + 3
