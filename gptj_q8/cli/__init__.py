@@ -10,6 +10,7 @@ from gptj_q8.cli.convert import convert_command
 from gptj_q8.cli.demo import demo_command
 from gptj_q8.cli.errors import Settings, guarded
 from gptj_q8.cli.evaluate import evaluate_command
+from gptj_q8.cli.finetune import finetune_command
 from gptj_q8.cli.generate import generate_command
 from gptj_q8.cli.tune import tune_command
 
@@ -25,6 +26,7 @@ app.command("demo")(guarded(demo_command))
 app.command("convert")(guarded(convert_command))
 app.command("generate")(guarded(generate_command))
 app.command("evaluate")(guarded(evaluate_command))
+app.command("finetune")(guarded(finetune_command))
 app.command("tune")(guarded(tune_command))
 
 

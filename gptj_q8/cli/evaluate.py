@@ -57,6 +57,7 @@ def evaluate_command(
     ] = "float32",
     device: options.Device = "auto",
     tokenizer: options.Tokenizer = None,
+    adapter: options.Adapter = None,
     json: options.AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from its original.
@@ -76,10 +77,16 @@ def evaluate_command(
             content = load.text(data)
             tokens = load.tokenizer(*filter(None, (tokenizer, model, against)))
             ids = load.token_ids(tokens, content, max_tokens)
-            network = load.model(model, dtype, on)
+            network = load.model(model, dtype, on, adapter)
             original = load.model(against, against_dtype, on) if against is not None else None
 
-        about = {"model": model, "data": data, "dtype": dtype, "device": str(on)}
+        about = {
+            "model": model,
+            "adapter": adapter and str(adapter),
+            "data": data,
+            "dtype": dtype,
+            "device": str(on),
+        }
         with screen.progress("Evaluating") as on_progress:
             if original is None:
                 alone = perplexity(

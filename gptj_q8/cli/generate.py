@@ -52,6 +52,7 @@ def generate_command(
     ] = "auto",
     device: options.Device = "auto",
     tokenizer: options.Tokenizer = None,
+    adapter: options.Adapter = None,
     json: options.AsJson = False,
 ) -> None:
     """Continue a text, word by word, and tell how fast that went.
@@ -67,7 +68,7 @@ def generate_command(
 
             on = load.device(device)
             tokens = load.tokenizer(tokenizer or model)
-            network = load.model(model, dtype, on)
+            network = load.model(model, dtype, on, adapter)
         if seed is None:
             seed = torch.seed() % 2**32
         torch.manual_seed(seed)
@@ -107,6 +108,7 @@ def generate_command(
         screen.result(
             {
                 "model": model,
+                "adapter": adapter and str(adapter),
                 "prompt": prompt,
                 **asdict(made),
                 "tokens_per_second": speed,

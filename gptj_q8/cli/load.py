@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import logging
-import lzma
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptj_q8.cli.errors import CliError
 
@@ -18,12 +14,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptj_q8.train.texts import Document
+
 DEMO = "demo"
-_OPENERS: dict[str, Callable[..., Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_path(name: str) -> str:
@@ -31,6 +25,8 @@ def model_path(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
+            if (path / ADAPTER_CONFIG).exists():
+                raise CliError(f"{name} holds an adapter: name its model, and it with --adapter")
             raise CliError(f"{name} holds no model: it has no config.json")
         return name
     if name == DEMO:
@@ -61,18 +57,43 @@ def device(name: str) -> torch.device:
     return found
 
 
-def model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
-    """Loads a model, original or 8-bit, ready to run."""
+def model(name: str, dtype: str, on: torch.device, adapter: Path | None = None) -> PreTrainedModel:
+    """Loads a model, original or 8-bit, with an adapter if one is named, ready to run."""
     import torch
 
     from gptj_q8.pretrained import load_as_stored
 
+    if adapter is not None:
+        check_adapter(adapter)
     loaded: PreTrainedModel = load_as_stored(
         model_path(name),
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         device_map={"": on},
     )
+    if adapter is not None:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.eval()
+
+
+def check_adapter(folder: Path) -> None:
+    """CliError unless there is an adapter in PEFT's format in `folder`."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        what = "holds no adapter: it has no" if folder.is_dir() else "is no folder with an"
+        raise CliError(f"{folder} {what} {ADAPTER_CONFIG}")
+
+
+def trainable_model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
+    """Loads a model in 8 bits, quantizing it if it is in float."""
+    import torch
+
+    from gptj_q8.pretrained import from_pretrained
+
+    loaded: PreTrainedModel = from_pretrained(
+        model_path(name), dtype=getattr(torch, dtype), device_map={"": on}
+    )
+    return loaded
 
 
 def tokenizer(*names: str) -> PreTrainedTokenizerBase:
@@ -94,22 +115,30 @@ def tokenizer(*names: str) -> PreTrainedTokenizerBase:
 
 def text(name: str) -> str:
     """Reads a UTF-8 text: a file, plain or compressed, `-` for stdin, or the demo's."""
+    from gptj_q8.train.texts import decode, read_text
+
     if name == "-":
-        content = sys.stdin.buffer.read()
+        content = decode(sys.stdin.buffer.read(), name)
     elif name == DEMO and not Path(name).is_file():
         from gptj_q8.demo import text as demo_text
 
         return demo_text("held_out")
     else:
-        with _OPENERS.get(Path(name).suffix, open)(name, "rb") as file:
-            content = file.read()
-    try:
-        decoded = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CliError(f"{name} is not UTF-8 text (byte {error.start})") from error
-    if not decoded.strip():
+        content = read_text(Path(name))
+    if not content.strip():
         raise CliError(f"{name} is empty")
-    return decoded
+    return content
+
+
+def documents(name: str) -> list[Document]:
+    """Reads what to fine-tune on: files, folders, a dataset, or the demo's proverbs."""
+    from gptj_q8.train.texts import Document, read_documents
+
+    if name == DEMO and not Path(name).exists():
+        from gptj_q8.demo import proverbs
+
+        return [Document(proverbs(), where="the demo's proverbs", is_file=True)]
+    return read_documents(name)
 
 
 def token_ids(tokens: PreTrainedTokenizerBase, content: str, limit: int | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -27,5 +28,11 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL", help="Take the tokenizer from elsewhere.", show_default="MODEL's own"
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Add the adapter in this folder to MODEL.", show_default=False
     ),
 ]

@@ -87,14 +87,23 @@ class Screen:
         with self._err.status(text) if self._err.is_terminal else nullcontext():
             yield
 
+    @property
+    def moves(self) -> bool:
+        """Whether progress is shown as a bar; where it is not, lines tell of it."""
+        return self._err.is_terminal
+
     @contextmanager
-    def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows a bar, moved by calling what is yielded with (done, total)."""
+    def progress(self, text: str) -> Iterator[Callable[..., None]]:
+        """Shows a bar, moved by calling what is yielded with (done, total), or a new text too."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         hidden = not self._err.is_terminal
         with Progress(*columns, console=self._err, transient=True, disable=hidden) as bar:
             task = bar.add_task(text, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def update(done: int, total: int, text: str | None = None) -> None:
+                bar.update(task, completed=done, total=total, description=text and escape(text))
+
+            yield update
 
 
 @contextmanager

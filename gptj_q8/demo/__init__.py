@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["HELD_OUT_BOOKS", "books", "model_dir", "text"]
+__all__ = ["HELD_OUT_BOOKS", "books", "model_dir", "proverbs", "text"]
 
 HELD_OUT_BOOKS = ("Jueces", "Rut", "Eclesiastés", "Oseas", "Hebreos")
 
@@ -31,6 +31,14 @@ _BOOK_MARK = "# "
 def model_dir() -> Path:
     """The folder to hand to `from_pretrained`, of the model as of its tokenizer."""
     return _HERE / "model"
+
+
+def proverbs() -> str:
+    """4,183 Spanish proverbs, one a line, in no order: what the demo fine-tunes the model on.
+
+    Of another time and style than the model's text, of which they are no part.
+    """
+    return bz2.decompress((_HERE / "proverbs.txt.bz2").read_bytes()).decode("utf-8")
 
 
 @cache

@@ -1,0 +1,180 @@
+"""Transformers' Trainer, made to stop honestly and to save whole checkpoints or none."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from gptj_q8.checkpoint.directory import new_directory
+from gptj_q8.train.folder import last_checkpoint
+from gptj_q8.train.listener import Listener
+from gptj_q8.train.packing import IGNORED
+
+
+class Q8Trainer(Trainer):
+    """A Trainer that writes checkpoints whole, measures exactly, and stops at NaN."""
+
+    control: Any
+    _staging: str | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Adds to Trainer's: ValueError, with step and learning rate, for a loss that is NaN."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = float((found[0] if return_outputs else found).detach())
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to Trainer's: ValueError for a gradient that is NaN.
+
+        A loss scaler skips the steps in which float16 overflows; without one no step may.
+        """
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(norm) and not self.args.fp16:
+            raise self._not_finite("gradient", norm)
+        super().log(logs, start_time)
+
+    def _not_finite(self, what: str, value: float) -> ValueError:
+        # In `log` the step is counted already, and the learning rate moved on.
+        step = self.state.global_step + (what == "loss")
+        scheduler = self.lr_scheduler
+        rate = scheduler.get_last_lr()[0] if scheduler is not None else self.args.learning_rate
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"{last} is kept" if last else "no checkpoint had been written yet"
+        return ValueError(
+            f"the {what} is {value} at step {step} (learning rate {rate:.3g}); {kept}; try a lower "
+            "learning rate"
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The held-out loss: the mean over all targets, in nats. Trainer's is one over batches."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(batch)
+            targets = (inputs["labels"][:, 1:] != IGNORED).sum()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs, num_items_in_batch=targets)
+            total += float(loss) * int(targets)
+            count += int(targets)
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes beside the checkpoint's place, then renames; the old one goes only after that."""
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with new_directory(target, overwrite=False) as partial:
+                self._staging = str(partial)
+                super()._save_checkpoint(model, trial)
+                made = partial / target.name
+                for path in made.iterdir():
+                    path.rename(partial / path.name)
+                made.rmdir()
+        # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = last_checkpoint(Path(self.args.output_dir))
+            kept = f"{last} is kept, to resume from" if last else "there is no checkpoint yet"
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{target} could not be written ({reason}); {kept}") from error
+        finally:
+            self._staging = None
+        rotate_checkpoints(str(target.parent), self.args.save_total_limit)
+
+
+class Watcher(TrainerCallback):
+    """Hands on what happens to a listener, and ends the run after a step when asked to."""
+
+    def __init__(self, listener: Listener, tokens_per_step: float) -> None:
+        self.listener = listener
+        self.tokens_per_step = tokens_per_step
+        self.interrupted = False
+        self._began = 0.0
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Lets Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once.
+
+        Only the main thread may ask for signals; in others the run goes on undisturbed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._interrupt) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.listener.stopping()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._seconds = time.perf_counter() - self._began
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        if "loss" in logs:
+            speed = self.tokens_per_step / self._seconds
+            self.listener.step(
+                state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], speed
+            )
+        if "eval_loss" in logs:
+            self.listener.held_out(state.global_step, logs["eval_loss"])
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.listener.saved(f"checkpoint-{state.global_step}")
