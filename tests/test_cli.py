@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a stranger meets first
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "generate", "evaluate", "tune"])
+@pytest.mark.parametrize("command", ["demo", "convert", "generate", "evaluate", "finetune", "tune"])
 def test_help_tells_of_every_command(command: str) -> None:
     assert command in run("--help").stdout
     result = run(command, "--help")

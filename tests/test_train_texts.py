@@ -233,7 +233,9 @@ def test_a_packed_row_has_the_loss_of_its_documents_alone() -> None:
     for piece in pieces:
         logits = model(input_ids=piece.ids[None].long()).logits[0]
         wanted = piece.ids[piece.first_target :].long()
-        total += float(F.cross_entropy(logits[piece.first_target - 1 : -1], wanted, reduction="sum"))
+        total += float(
+            F.cross_entropy(logits[piece.first_target - 1 : -1], wanted, reduction="sum")
+        )
         count += len(wanted)
     assert float(found) == pytest.approx(total / count, rel=1e-6)  # it is taken in float32
     seeing = model(**{key: batch[key] for key in ("input_ids", "labels")}, use_cache=False).loss

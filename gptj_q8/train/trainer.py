@@ -74,13 +74,16 @@ class Q8Trainer(Trainer):
         """The held-out loss: the mean over all targets, in nats. Trainer's is one over batches."""
         self.model.eval()
         total, count = 0.0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(batch)
-            targets = (inputs["labels"][:, 1:] != IGNORED).sum()
-            with torch.no_grad(), self.compute_loss_context_manager():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # A data loader draws a number when it begins. Dropout must not see whether one did here, or
+        # a run that was stopped instead of measured would go on otherwise.
+        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(batch)
+                targets = (inputs["labels"][:, 1:] != IGNORED).sum()
                 loss = self.compute_loss(self.model, inputs, num_items_in_batch=targets)
-            total += float(loss) * int(targets)
-            count += int(targets)
+                total += float(loss) * int(targets)
+                count += int(targets)
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

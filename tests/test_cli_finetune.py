@@ -1,0 +1,133 @@
+"""`gptj-q8 finetune` and the adapter that `generate` and `evaluate` take from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import read_json, run, save_byte_gptj
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = (
+    "".join(f"{word} y {word} son dos {word}s.\n" for word in ("gato", "perro", "pan", "mes")) * 9
+)
+QUICK = ("--lr", "2e-2", "--epochs", 2, "--batch-size", 4, "--sequence-length", 32, "--rank", 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_gptj(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_it_shows_losses_samples_and_where_to_go(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run("finetune", model, "--data", data, "-o", out, *QUICK, "--prompt", "gato y")
+    assert shown.exit_code == 0, shown.output
+    for part in ("held-out tokens", "perplexity", "Before:\ngato y", "After:\ngato y", "loss.png"):
+        assert part in shown.stdout
+    assert "Step 1 of" in shown.stderr
+    assert "held-out loss" in shown.stderr
+    assert "\x1b" not in shown.output, "plain lines where there is no terminal"
+    # The line it ends with does what it says.
+    words = shlex.split(shown.stdout.rstrip().splitlines()[-1])
+    assert words[:2] == ["gptj-q8", "generate"]
+    spoken = run(*words[1:], "--greedy", "-n", 3)
+    assert spoken.exit_code == 0, spoken.output
+    assert spoken.stdout.startswith("gato y")
+
+
+def test_evaluate_agrees_that_the_adapter_helps(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = read_json(run("finetune", model, "--data", data, "-o", out, *QUICK, "--json"))
+    assert made["held_out"][-1][1] < 0.9 * made["held_out"][0][1]
+    assert made["adapter"] == str(out)
+    assert {"before", "after", "prompt"} == set(made["samples"][0])
+    plain = read_json(run("evaluate", model, "--data", data, "--json"))
+    tuned = read_json(run("evaluate", model, "--data", data, "--adapter", out, "--json"))
+    assert tuned["perplexity"]["value"] < 0.8 * plain["perplexity"]["value"]
+    assert (plain["adapter"], tuned["adapter"]) == (None, str(out))
+
+
+def test_ctrl_c_saves_and_the_command_it_prints_goes_on(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a folder"
+    arguments = ["finetune", model, "--data", data, "-o", out, *QUICK, "--dropout", 0.1]
+    command = [sys.executable, "-m", "gptj_q8", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        told = ""
+        while "Step 2 of" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        process.send_signal(signal.SIGINT)
+        stdout, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, told + rest
+    assert "Stopping after this step" in rest
+    assert "Try it" not in stdout
+    line = rest[rest.index("To go on: ") :].splitlines()[0].removeprefix("To go on: ")
+    assert line.endswith(" --resume")
+    resumed = read_json(run(*shlex.split(line)[1:], "--json"))
+    other = read_json(run(*arguments[:5], tmp_path / "other", *arguments[6:], "--json"))
+    assert resumed["losses"] == other["losses"]
+    assert resumed["samples"] == other["samples"]
+
+
+def test_bad_input_is_one_sentence_and_exit_1(model: Path, data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "p" * 60, "completion": "c" * 9}) + "\n")
+    small = tmp_path / "small"
+    small.mkdir()
+    for path in model.iterdir():
+        (small / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "out"
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((model, "--data", empty), "is empty: there is nothing to learn in it"),
+        ((model, "--data", tmp_path / "absent.txt"), "there is no file or folder"),
+        ((model, "--data", data, "--rank", 0), "rank must be at least 1, got 0"),
+        ((model, "--data", data, "--target", "nowhere"), "nowhere"),
+        ((model, "--data", data, "--sequence-length", 65), "beyond the model's context of 64"),
+        ((model, "--data", long, "--held-out", 0), "line 1: prompt and completion are 70 tokens"),
+        ((model, "--data", data, "--tokenizer", "demo"), "beyond the model's vocabulary of 257"),
+        ((model, "--data", data, "--dtype", "float16", "--device", "cpu"), "float16 trains on a"),
+        ((model, "--data", data, "--resume"), "holds no run to resume"),
+    ]
+    for arguments, expected in cases:
+        result = run("finetune", *arguments, "-o", out)
+        assert result.exit_code == 1, (arguments, result.output)
+        assert expected in result.stderr, (arguments, result.stderr)
+        assert result.stderr.startswith("gptj-q8: "), result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert not out.exists()
+
+
+def test_an_adapter_is_told_from_a_model(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((tmp_path, "x"), "holds an adapter: name its model, and it with --adapter"),
+        ((model, "x", "--adapter", model), "holds no adapter: it has no adapter_config.json"),
+        ((model, "x", "--adapter", tmp_path / "no"), "is no folder with an adapter_config.json"),
+    ]
+    for arguments, expected in cases:
+        result = run("generate", *arguments)
+        assert result.exit_code == 1, (arguments, result.output)
+        assert expected in result.stderr
