@@ -16,11 +16,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from gptj_q8 import convert, tied
-from gptj_q8.checkpoint import adapters, naming, old, stored
-from gptj_q8.checkpoint.shards import Entry, Shard
+from gptj_q8.checkpoint import naming, old, stored
+from gptj_q8.checkpoint.adopting import Adopting
+from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
 from gptj_q8.models.layers import Quantized
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, FrozenCodes, check_stored_parts, sort_levels
+from gptj_q8.nn.quantized import check_stored_parts
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ class Q8HfQuantizer(HfQuantizer):
         self._restore_fp32_names: Any = None
         self._float_rules: Any = None  # by which Transformers names tensors when it saves the model
         self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
-        self._old: Mapping[str, Entry] = {}  # a checkpoint of the hivemind family, as stored
-        self._old_adapters: list[adapters.Adapter] = []
-        self._renamings: list[Any] = []
+        self._adopting: Adopting | None = None  # a checkpoint of the hivemind family
 
     @property
     def is_trainable(self) -> bool:
@@ -91,18 +90,14 @@ class Q8HfQuantizer(HfQuantizer):
                 "from_pretrained: the checkpoint is in 8 bits already, which are kept; "
                 "quantization_config is for float models"
             )
-        old.check(entries)
-        old.check_model(entries, model)
-        self._old, self._old_adapters = entries, adapters.find(entries, model)
-        self._renamings = old.renamings(entries)
-        self.quantization_config = Q8Config(HIVEMIND_BLOCK_SIZE, old.CODEBOOK)
-        self.pre_quantized = True
-        dropped = [name for name in entries if old.is_dropped(name)]
-        _ignore_keys(model, "unexpected", [rf"{re.escape(name)}$" for name in dropped])
+        self._adopting = Adopting(entries, model)
+        self.quantization_config, self.pre_quantized = self._adopting.config, True
+        _ignore_keys(model, "unexpected", self._adopting.dropped)
         return old.renamed(entries)
 
     def get_weight_conversions(self) -> list[Any]:
-        return [*super().get_weight_conversions(), *self._renamings]
+        renamings = self._adopting.renamings if self._adopting else []
+        return [*super().get_weight_conversions(), *renamings]
 
     def _prepare_float_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
         config = self.quantization_config
@@ -196,8 +191,9 @@ class Q8HfQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict = self._restore_fp32_names
             self._groups = {}
             self.pre_quantized = True
-        if self._old:
-            self._finish_old(model)
+        if self._adopting is not None:
+            self._adopting.finish(model)
+            self._adopting = None
         for name, layer in layers(model):
             scales = {"absmax": layer.absmax, "codebook": layer.codebook}
             if self._loads_state_dict:
@@ -205,28 +201,6 @@ class Q8HfQuantizer(HfQuantizer):
             # Disk offload leaves tensors without data, and has read them from checked files.
             check_stored_parts(name, scales, "")
         return model
-
-    def _finish_old(self, model: Any) -> None:
-        """Does for a checkpoint of the hivemind family what renaming its tensors does not do."""
-        # Transformers would rename them back when it saves the model.
-        model._weight_conversions = [
-            each for each in model._weight_conversions if each not in self._renamings
-        ]
-        for _, layer in layers(model):
-            codes, codebook = sort_levels(layer.codes.data, layer.codebook)
-            if codebook is not layer.codebook:
-                layer.codes = FrozenCodes(codes, requires_grad=False)
-            # Transformers 5.17 leaves float16 as it is. In a pickle one table may serve all layers,
-            # and what shares memory is not saved.
-            layer.absmax = layer.absmax.float()
-            layer.codebook = codebook.to(torch.float32, copy=True)
-        if self._old_adapters:
-            config = adapters.peft_config(self._old_adapters, model, model.name_or_path)
-            state = adapters.peft_state(
-                self._old_adapters, lambda name: Shard(self._old[name].file).read(name)
-            )
-            adapters.attach(model, config, state)
-        self._old, self._old_adapters, self._renamings = {}, [], []
 
     def attach(self, model: Any) -> None:
         """Tells a model that was quantized in memory."""

@@ -18,7 +18,7 @@ from transformers.models.gptj import modeling_gptj
 from gptj_q8 import convert
 from gptj_q8.checkpoint import adapters, old, stored
 from gptj_q8.checkpoint.shards import Entry
-from gptj_q8.checkpoint.source import faults_named
+from gptj_q8.checkpoint.source import faults_named, refuse_unsafe
 from gptj_q8.models import LEFTOVERS
 from gptj_q8.nn.frozen import (
     ADAPTER_DROPOUT,
@@ -26,10 +26,10 @@ from gptj_q8.nn.frozen import (
     FrozenBNBEmbedding,
     FrozenBNBLinear,
     FrozenWeight,
-    check_scales,
+    check_values,
     quantize_blockise_lowmemory,
 )
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, QuantizedWeight
+from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE
 
 __all__ = [
     "DequantizeAndLinear",
@@ -46,18 +46,23 @@ __all__ = [
 
 
 def convert_to_int8(model: nn.Module) -> None:
-    """Replaces every nn.Linear and nn.Embedding inside `model` by an empty shell to load into."""
+    """Replaces every nn.Linear and nn.Embedding inside `model` by an empty shell to load into.
+
+    Subclasses of the two, which may compute something else, stay as they are.
+    """
     _replace(model, _shell)
 
 
 def bnbfy_(model: nn.Module, adapter_dim: int = 0) -> None:
-    """Quantizes every nn.Linear and nn.Embedding inside `model` in place.
+    """Quantizes every nn.Linear and nn.Embedding inside `model` in place; subclasses stay.
 
-    adapter_dim: rank of the adapters that each of them gets; 0 for none. ValueError for NaN or Inf,
-    which names the weights, before anything changes.
+    adapter_dim: rank of the adapters that each of them gets; 0 for none. ValueError for NaN, Inf
+    and max_norm, TypeError for float64; they name the weights, and nothing is changed.
     """
-    weights = {f"{name}.weight": module.weight for name, module in _replaceable(model)}
-    convert.refuse_not_finite(weights)
+    found = dict(_replaceable(model))
+    for name, module in found.items():
+        convert.check_convertible("bnbfy_", name, module)
+    convert.refuse_not_finite({f"{name}.weight": module.weight for name, module in found.items()})
 
     def quantized(module: nn.Module) -> FrozenWeight:
         made: FrozenWeight
@@ -108,14 +113,11 @@ def _shell(module: nn.Module) -> FrozenWeight:
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of what there is to replace: no 8-bit module, and no part of an adapter."""
-    frozen = tuple(
-        f"{n}." for n, module in model.named_modules() if isinstance(module, FrozenWeight)
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight) or not name or name.startswith(frozen):
-            continue
-        if isinstance(module, nn.Linear | nn.Embedding):
+    """Name and module of what there is to replace; parts of adapters are not."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    frozen = tuple(f"{name}." for name, module in modules if isinstance(module, FrozenWeight))
+    for name, module in modules:
+        if type(module) in (nn.Linear, nn.Embedding) and name and not name.startswith(frozen):
             yield name, module
 
 
@@ -131,12 +133,12 @@ class GPTJBlock(modeling_gptj.GPTJBlock):
     the meta device, as when loading) that is left to the model around it, which may be another's.
     """
 
+    training: bool
+
     def __init__(self, config: Any, layer_idx: int | None = None) -> None:
         super().__init__(config, layer_idx)
         if not self.ln_1.weight.is_meta:
             convert_to_int8(self)
-
-    training: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.gradient_checkpointing or self.training or not torch.is_grad_enabled():
@@ -164,6 +166,7 @@ class _InOldLayout(nn.Module):
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; reads checkpoints in the old layout, and no other."""
+        refuse_unsafe(kwargs)
         with faults_named(name):
             return super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
 
@@ -179,9 +182,10 @@ class _InOldLayout(nn.Module):
                 n: Entry(t.dtype, tuple(t.shape), "state_dict") for n, t in state_dict.items()
             }
         if not old.quantized_names(entries):
+            file = next((entry.file for entry in entries.values()), "the checkpoint")
             raise ValueError(
-                f"{next(iter(entries.values())).file}: holds no 8-bit weights as the old code has "
-                "them; other models are for gptj_q8.from_pretrained"
+                f"{file}: holds no 8-bit weights as the old code has them; other models are for "
+                "gptj_q8.from_pretrained"
             )
         old.check(entries)
         old.check_model(entries, model, lambda module: isinstance(module, FrozenWeight))
@@ -194,7 +198,7 @@ class _InOldLayout(nn.Module):
         )
         for name, module in model.named_modules():
             if isinstance(module, FrozenWeight):
-                check_scales(name, module.absmax, module.code)
+                check_values(name, module.weight, module.absmax, module.code)
                 module.code = module.code.clone()  # one table may serve all modules of a pickle
         return loaded
 

@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 from gptj_q8.checkpoint import old, stored
-from gptj_q8.checkpoint.shards import find
-from gptj_q8.checkpoint.source import faults_named, local_directory
+from gptj_q8.checkpoint.files import find
+from gptj_q8.checkpoint.source import faults_named, local_directory, refuse_unsafe
 from gptj_q8.config import QUANT_METHOD, Q8Config
 
 # What from_pretrained must know to find config.json.
@@ -39,6 +39,7 @@ def from_pretrained(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_unsafe(kwargs)
     config = kwargs.get("config")
     if config is None or isinstance(config, str | os.PathLike):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}

@@ -436,6 +436,11 @@ def test_bnbfy_names_bad_weights_and_changes_nothing():
     with pytest.raises(ValueError, match=r"wte\.weight has 48 NaN or Inf.*lm_head\.weight has 1"):
         bnbfy_(model)
     assert not frozen_modules(model)
+    model = gptj()
+    model.lm_head.double()
+    with pytest.raises(TypeError, match=r"bnbfy_: lm_head\.weight must be .* got float64"):
+        bnbfy_(model)
+    assert not frozen_modules(model)
 
 
 def test_convert_to_int8_makes_shells_for_any_model(tmp_path):
@@ -470,6 +475,13 @@ def test_bad_scales(tmp_path, value):
         GPTJForCausalLM.from_pretrained(old.write(tmp_path, state))
     with pytest.raises(RuntimeError, match=r"lm_head: absmax"):
         GPTJForCausalLM(gptj().config).load_state_dict(state)
+
+
+def test_float_state_dicts_are_refused():
+    """PyTorch would cast them to uint8."""
+    state = {**old.state_dict(), "lm_head.weight": gptj().lm_head.weight.detach()}
+    with pytest.raises(RuntimeError, match=r"lm_head: codes must be uint8, got float32"):
+        GPTJForCausalLM(gptj().config).load_state_dict(state, strict=False)
 
 
 def test_parts_that_do_not_fit():

@@ -217,6 +217,14 @@ def test_adapters_of_some_modules_and_several_ranks(tmp_path):
     assert relative(logits(gptj_q8.from_pretrained(tmp_path / "old")), expected) < CLOSE
 
 
+def test_conversion_to_another_dtype(tmp_path):
+    state = old.state_dict(adapters="hivemind")
+    convert_checkpoint(old.write(tmp_path / "old", state), tmp_path / "new", dtype=torch.bfloat16)
+    model = load(tmp_path / "new")
+    assert model.dtype == model.lm_head.bias.dtype == torch.bfloat16
+    assert_same_weights(load(tmp_path / "new", dtype=torch.float32), state)
+
+
 def test_overwriting_and_progress(tmp_path):
     old.write(tmp_path / "old", old.state_dict(adapters="dropout"))
     seen: list[tuple[int, int]] = []

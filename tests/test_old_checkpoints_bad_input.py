@@ -165,7 +165,9 @@ def test_checkpoint_of_another_architecture(tmp_path, read):
     state = old.state_dict()
     for name in [name for name in state if ".attn.q_proj." in name]:
         state[name.replace("attn.q_proj", "attn.c_attn")] = state.pop(name)
-    message = r"pytorch_model\.bin: holds transformer\.h\.0\.attn\.c_attn\.weight, which GPTJFor"
+    message = (
+        r"pytorch_model\.bin: holds 8-bit transformer\.h\.0\.attn\.c_attn\.weight, which GPTJFor"
+    )
     with pytest.raises(ValueError, match=message):
         read(old.write(tmp_path / "old", state))
 
@@ -173,10 +175,23 @@ def test_checkpoint_of_another_architecture(tmp_path, read):
 def test_config_of_another_architecture(tmp_path):
     old.write(tmp_path / "old", old.state_dict())
     gpt2().config.save_pretrained(tmp_path / "old")
-    message = r"holds transformer\.h\.0\.attn\.k_proj\.weight, which GPT2LMHeadModel has no place"
+    message = (
+        r"holds 8-bit transformer\.h\.0\.attn\.k_proj\.weight, which GPT2LMHeadModel has no place"
+    )
     for read in (gptj_q8.from_pretrained, lambda path: convert_checkpoint(path, tmp_path / "new")):
         with pytest.raises(ValueError, match=message):
             read(tmp_path / "old")
+
+
+def test_8_bits_where_floats_belong(tmp_path, read):
+    def swap(state: State) -> None:
+        for part in ("weight", "absmax", "code"):
+            state[f"transformer.ln_f.{part}"] = state[f"{NAME}.{part}"]
+
+    old.write(tmp_path / "old", changed(swap))
+    message = r"pytorch_model\.bin: holds 8-bit transformer\.ln_f\.weight, which GPTJForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "old")
 
 
 def test_config_of_another_size(tmp_path, read):
@@ -266,6 +281,13 @@ def test_a_pickle_that_wants_to_run_code(tmp_path, read, where, dtype_is_said):
     assert not (tmp_path / "ran").exists()
     torch.load(path / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "ran").exists()  # so it was dangerous
+
+
+def test_no_one_may_ask_for_it(tmp_path):
+    path = old.write(tmp_path / "old", old.state_dict())
+    for read in (gptj_q8.from_pretrained, hivemind.GPTJForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="weights_only=False would run code"):
+            read(path, weights_only=False)
 
 
 def test_a_pickled_module_is_refused(tmp_path, read):

@@ -58,7 +58,9 @@ def find(entries: Mapping[str, Entry], model: Any) -> list[Adapter]:
     for owner, (first, second) in _pairs(entries).items():
         name = naming.module_name(owner, model.base_model_prefix, modules)
         if name is None:
-            logger.warning("%s: %s has no module for it, so it is left out", first, type(model))
+            logger.warning(
+                "%s: %s has no module for it, so it is left out", first, type(model).__name__
+            )
             continue
         embeds = hasattr(modules[name], "num_embeddings")
         rank = _check(entries, first, second, modules[name].weight.shape, embeds)
@@ -139,7 +141,7 @@ def peft_state(adapters: Iterable[Adapter], read: Callable[[str], Tensor]) -> di
         name = f"{_WRAPPED}{adapter.module}"
         first, second = read(adapter.first), read(adapter.second)
         if adapter.embeds:
-            state[f"{name}.lora_embedding_A"] = first.T.contiguous()
+            state[f"{name}.lora_embedding_A"] = first.T
             state[f"{name}.lora_embedding_B"] = second
         else:
             state[f"{name}.lora_A.weight"] = first
@@ -152,7 +154,8 @@ def save(directory: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     directory.mkdir()
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    save_file(dict(state), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def attach(model: Any, config: Any, state: Mapping[str, Tensor]) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from gptj_q8 import checks, convert, ops
 from gptj_q8.checkpoint import naming, old, stored
 from gptj_q8.checkpoint.directory import new_directory
+from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
 from gptj_q8.checkpoint.rewriting import Rewriting
-from gptj_q8.checkpoint.shards import Entry, Shard, Writer, find, parse_size, plan
+from gptj_q8.checkpoint.shards import Entry, Shard, Writer, parse_size, plan
 from gptj_q8.checkpoint.source import COMPANIONS, empty_model, local_directory
 from gptj_q8.codebooks import CODEBOOKS
 from gptj_q8.config import FORMAT_VERSION, Q8Config

@@ -26,12 +26,9 @@ CODEBOOK = "dynamic"
 def quantized_names(names: Iterable[str]) -> list[str]:
     """Returns the modules whose weights are stored in the old way; none for other checkpoints."""
     there = set(names)
-    found = dict.fromkeys(
-        name.rpartition(".")[0] for name in there if name.endswith((".absmax", ".code"))
-    )
-    return sorted(
-        name for name in found if not {f"{name}.codes", f"{name}.codebook"} & there and name
-    )
+    found = {name.rpartition(".")[0] for name in there if name.endswith((".absmax", ".code"))}
+    ours = {name for name in found if {f"{name}.codes", f"{name}.codebook"} & there}
+    return sorted(found - ours)
 
 
 def check(entries: Mapping[str, Entry]) -> None:
@@ -84,14 +81,15 @@ def check_model(
     """
     prefix = model.base_model_prefix
     modules = dict(model.named_modules())
-    for name in quantized_names(entries):
-        in_body = name.startswith(f"{prefix}.")
-        if in_body and naming.module_name(name, prefix, modules) is None:
+    quantized = set(quantized_names(entries))
+    for name in sorted(quantized):
+        own_name = naming.module_name(name, prefix, modules)
+        is_head = own_name is None and not name.startswith(f"{prefix}.")
+        if not is_head and (own_name is None or not is_layer(modules[own_name])):
             raise ValueError(
-                f"{entries[f'{name}.weight'].file}: holds {name}.weight, which "
+                f"{entries[f'{name}.weight'].file}: holds 8-bit {name}.weight, which "
                 f"{type(model).__name__} has no place for"
             )
-    quantized = set(quantized_names(entries))
     in_model = f"{prefix}." if hasattr(model, prefix) else ""
     known = naming.model_names(model, entries)
     for name, module in modules.items():
@@ -103,15 +101,3 @@ def check_model(
         elif base is None and name.startswith(in_model):
             file = next(iter(entries.values())).file
             raise ValueError(f"{file}: lacks {name}.weight, which {type(model).__name__} needs")
-
-
-def renamings(entries: Mapping[str, Entry]) -> list[Any]:
-    """Returns how Transformers is to rename what it reads of such a checkpoint."""
-    from transformers.core_model_loading import WeightRenaming
-
-    modules = "|".join(name.replace(".", r"\.") for name in quantized_names(entries))
-    return [
-        WeightRenaming(rf"^({modules})\.{theirs}$", rf"\1.{ours}")
-        for ours, theirs in HIVEMIND_NAMES.items()
-        if ours != theirs
-    ]

@@ -49,7 +49,8 @@ class Rewriting:
         self.model_config.quantization_config = Q8Config(HIVEMIND_BLOCK_SIZE, old.CODEBOOK)
         if dtype is not None or self.model_config.dtype is None:
             # Where config.json says nothing, Transformers would go by absmax, which is float32.
-            floats = [entry.dtype for name, entry in self._renamed.items() if not entry.name]
+            dtypes = [entry.dtype for entry in self._renamed.values() if not entry.name]
+            floats = [each for each in dtypes if each in checks.FLOATS]
             self.model_config.dtype = dtype or next(iter(floats), torch.float32)
 
     def announce(self) -> dict[str, Entry]:

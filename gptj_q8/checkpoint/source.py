@@ -3,7 +3,7 @@
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gptj_q8.checkpoint import stored
-from gptj_q8.checkpoint.shards import find
+from gptj_q8.checkpoint.files import find
 
 # What goes along with the weights as it is.
 COMPANIONS = (
@@ -67,6 +67,12 @@ def faults_named(name: str | os.PathLike[str] | None) -> Iterator[None]:
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{name}: its weights are no plain state dict") from error
         raise
+
+
+def refuse_unsafe(options: Mapping[str, Any]) -> None:
+    """ValueError for weights_only=False, with which PyTorch would run what a pickle asks for."""
+    if options.get("weights_only") is False:
+        raise ValueError("from_pretrained: weights_only=False would run code from a checkpoint")
 
 
 def empty_model(directory: Path) -> tuple[Any, Any]:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from gptj_q8.checkpoint.shards import Entry, Shard, check_index
+from gptj_q8.checkpoint.files import check_index
+from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.checks import one_of_dtypes
 from gptj_q8.config import check_format_version
 

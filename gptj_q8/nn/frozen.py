@@ -41,6 +41,7 @@ class FrozenWeight(nn.Module):
     adapter: Any
 
     def __init__(self, weight: Tensor, absmax: Tensor, code: Tensor) -> None:
+        """ValueError or TypeError unless the three fit each other."""
         super().__init__()
         checks.dequantize(weight, absmax, code, HIVEMIND_BLOCK_SIZE, torch.float32)
         for name, part in (("weight", weight), ("absmax", absmax), ("code", code)):
@@ -82,41 +83,48 @@ class FrozenWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Also makes the adapter that the state dict holds, and refuses what cannot be right."""
-        absmax, code = (state_dict.get(f"{prefix}{part}") for part in ("absmax", "code"))
+        parts = {part: state_dict.get(f"{prefix}{part}") for part in ("weight", "absmax", "code")}
         try:
-            check_scales(prefix.rstrip("."), absmax, code)
-        except ValueError as error:
+            check_values(prefix.rstrip("."), **parts)
+        except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
-        for part, tensor in (("absmax", absmax), ("code", code)):
-            if tensor is not None:
+        for part in ("absmax", "code"):
+            if (tensor := parts[part]) is not None:
                 # They may be float16, and one table may serve all modules; if it is assigned and
                 # not copied, the model could not be saved.
                 state_dict[f"{prefix}{part}"] = tensor.to(torch.float32, copy=True)
         for place, dropout in ((1, 0.0), (2, ADAPTER_DROPOUT)):
             second = state_dict.get(f"{prefix}adapter.{place}.weight")
-            if self.adapter is None and second is not None:
+            if self.adapter is None and second is not None and second.dim() == 2:
                 self.add_adapter(second.shape[1], dropout)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 
-def check_scales(name: str, absmax: Tensor | None, code: Tensor | None) -> None:
-    """ValueError for scales or a table that cannot be; to decode, the table need not be sorted."""
+def check_values(
+    name: str, weight: Tensor | None, absmax: Tensor | None, code: Tensor | None
+) -> None:
+    """TypeError for codes that are not uint8, ValueError for scales or a table that cannot be.
+
+    To decode, the table need not be sorted.
+    """
     levels = code.float().sort().values if code is not None else None
-    check_stored_parts(name, {"absmax": absmax, "codebook": levels}, "")
+    check_stored_parts(name, {"codes": weight, "absmax": absmax, "codebook": levels}, "")
 
 
 class FrozenBNBLinear(FrozenWeight):
     """y = x @ W.T + bias, and the adapter's part if there is one. The weight is frozen."""
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: Tensor, absmax: Tensor, code: Tensor, bias: nn.Parameter | None = None
     ) -> None:
         super().__init__(weight, absmax, code)
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
