@@ -22,7 +22,7 @@ _HOMES = {
     "from_pretrained": "gptj_q8.pretrained",
     "quantize_": "gptj_q8.convert",
 }
-_MODULES = ("demo", "evaluate")
+_MODULES = ("demo", "evaluate", "optim")
 __all__ = [*_HOMES, *_MODULES, "ops"]
 
 

@@ -129,14 +129,21 @@ def adam_step_(
     _codebook(op, "m_codebook", m_codebook)
     _codebook(op, "v_codebook", v_codebook)
     _same_device(op, param=param, grad=grad, **state, m_codebook=m_codebook, v_codebook=v_codebook)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {beta}")
-    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"{op}: {name} must be finite and not negative, got {number}")
+    adam_numbers(op, lr, beta1, beta2, eps, weight_decay)
     if step < 1:
         raise ValueError(f"{op}: step counts from 1, got {step}")
+
+
+def adam_numbers(
+    who: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    """ValueError for a setting of Adam that is out of range."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{who}: {name} must be at least 0 and below 1, got {beta}")
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{who}: {name} must be finite and not negative, got {number}")
 
 
 def values(op: str, args: Sequence[Any]) -> None:

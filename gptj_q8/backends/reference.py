@@ -149,11 +149,8 @@ def adam_step_(
 
     The parameter moves by the moments before they are rounded to 8 bits. A second moment that is
     not 0 is never rounded to 0: beside a first moment that is not 0 either, the next step would
-    divide by little more than eps. Gradients whose square overflows are left out as NaN and Inf
-    are: an infinite second moment would spoil the scale of its block.
+    divide by little more than eps.
     """
-    correction1 = 1 - beta1**step
-    correction2 = (1 - beta2**step) ** 0.5
     smallest_positive = (v_codebook <= 0).sum().to(torch.uint8)
     flat_param, flat_grad = param.view(-1), grad.view(-1)
     flat_m, flat_v = m_codes.view(-1), v_codes.view(-1)
@@ -163,11 +160,7 @@ def adam_step_(
         g, p = flat_grad[here].float(), flat_param[here].float()
         m = _decode(m_codes, m_absmax, m_codebook, block_size, start, stop)
         v = _decode(v_codes, v_absmax, v_codebook, block_size, start, stop)
-        finite = (g * g).isfinite()
-        m = torch.where(finite, m * beta1 + g * (1 - beta1), m)
-        v = torch.where(finite, v * beta2 + g * g * (1 - beta2), v)
-        update = (lr / correction1) * m / (v.sqrt() / correction2 + eps)
-        p = torch.where(finite, p * (1 - lr * weight_decay) - update, p)
+        p, m, v = adamw(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step)
         flat_param[here] = p.to(param.dtype)
 
         blocks = slice(start // block_size, -(-stop // block_size))
@@ -176,6 +169,31 @@ def adam_step_(
         codes, v_absmax[blocks] = _encode(_blocks(v, block_size), v_codebook)
         codes = codes.view(-1)[: stop - start]
         flat_v[here] = torch.where(v > 0, codes.maximum(smallest_positive), codes)
+
+
+def adamw(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new parameter and moments of an AdamW step. All tensors float32 and of one shape.
+
+    Gradients whose square overflows are left out as NaN and Inf are: an infinite second moment
+    would spoil the scale of its block.
+    """
+    finite = (g * g).isfinite()
+    m = torch.where(finite, m * beta1 + g * (1 - beta1), m)
+    v = torch.where(finite, v * beta2 + g * g * (1 - beta2), v)
+    update = (lr / (1 - beta1**step)) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    p = torch.where(finite, p * (1 - lr * weight_decay) - update, p)
+    return p, m, v
 
 
 def _blocks(flat: Tensor, block_size: int) -> Tensor:
