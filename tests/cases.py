@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from cuda_emulation import emulator
 from torch import Tensor
 
 from gptj_q8 import backends, codebooks, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [32, 64, 256, 4096]
+EMULATED = "cuda:emulated"
+"""The CUDA kernels, run on the CPU."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def backend_ids() -> list[str]:
     """Every backend, and for `cpu` every instruction set of this machine: "cpu:avx512".
 
-    But for those that have some ops only, and for `triton` where it needs a process of its own:
+    Without a GPU, "cuda:emulated" stands for `cuda`. But for those that have some ops only, and for `triton` where it needs a process of its own:
     their tests are elsewhere.
     """
     ids = [name for name in backends.NAMES if is_complete(name) or backends.unavailable(name)]
@@ -99,6 +102,8 @@ def backend_ids() -> list[str]:
     if backends.unavailable("cpu") is None:
         cpu = ids.index("cpu")
         ids[cpu : cpu + 1] = [f"cpu:{isa}" for isa in backends.load("cpu").instruction_sets()]
+    if not torch.cuda.is_available():
+        ids[ids.index("cuda")] = EMULATED
     return ids
 
 
@@ -117,9 +122,12 @@ def triton_is_interpreted() -> bool:
 def forced(backend_id: str) -> Iterator[None]:
     """Runs every op in one backend, or skips the test with the reason why it cannot."""
     name, _, isa = backend_id.partition(":")
-    if reason := backends.unavailable(name):
-        pytest.skip(f"{name}: {reason}")
     with contextlib.ExitStack() as stack:
+        if backend_id == EMULATED:
+            stack.enter_context(emulator().force())
+            isa = ""
+        if reason := backends.unavailable(name):
+            pytest.skip(f"{name}: {reason}")
         stack.enter_context(backends.use(name))
         if isa:
             stack.enter_context(backends.load(name).force_isa(isa))

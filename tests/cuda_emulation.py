@@ -24,11 +24,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptj_q8 import backends
 from gptj_q8.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "csrc" / "common", ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_on_cpu"]
-# -Og: the kernels are compiled often and run briefly. Contraction is off as in all our code.
 FLAGS = (
     "-std=c++17 -O2 -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas"
     " -DQ8_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -48,12 +48,15 @@ class Emulator:
     @contextlib.contextmanager
     def force(self) -> Iterator[None]:
         """Within it the backend `cuda` is this emulation, for CPU tensors."""
-        before = cuda._ops, cuda._unavailable
-        cuda._ops, cuda._unavailable = torch.ops.gptj_q8_cuda_on_cpu, None
+        library = cuda._library
+        before = library.ops, library.unavailable
+        library.ops, library.unavailable = torch.ops.gptj_q8_cuda_on_cpu, None
+        backends.unavailable.cache_clear()
         try:
             yield
         finally:
-            cuda._ops, cuda._unavailable = before
+            library.ops, library.unavailable = before
+            backends.unavailable.cache_clear()
 
     def set_order(self, order: int) -> None:
         """In which threads and blocks run: 0 as numbered, 1 backwards, more is a random seed."""

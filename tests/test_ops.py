@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import (
     BLOCK_SIZES,
     DTYPES,
+    EMULATED,
     TABLES,
     backend_ids,
     forced,
@@ -52,6 +53,10 @@ def backend(
 ) -> Iterator[str]:
     if device.type != "cpu" and request.param.startswith("cpu"):
         pytest.skip(f"{request.param}: serves CPU tensors, the device is {device}")
+    if device.type != "cpu" and request.param == EMULATED:
+        pytest.skip(f"{EMULATED}: takes CPU tensors, the device is {device}")
+    if device.type == "cpu" and request.param == "cuda":
+        pytest.skip("cuda: serves a GPU's tensors, run with --device cuda")
     if device.type == "cpu" and request.param == "triton" and not triton_is_interpreted():
         pytest.skip("triton: runs on the CPU in a process of its own, which test_triton.py starts")
     threads = torch.get_num_threads()

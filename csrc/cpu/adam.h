@@ -1,10 +1,6 @@
-// One step of Adam with decoupled weight decay and both moments in the 8-bit format:
-//   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-//   param = param (1 - lr weight_decay) - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step)
-//   + eps)
-// in float32, with the new m and v before they are encoded again. An element whose g^2 is not
-// finite keeps param, m and v: an infinite v would spoil the scale of its block. A v above 0 never
-// takes the level 0: beside an m that is not 0 it would make the next step divide by eps alone.
+// One step of Adam, as common/adam.h says, with both moments in the 8-bit format: decoded, updated
+// and encoded again. A v above 0 never takes the level 0: beside an m that is not 0 it would make
+// the next step divide by eps alone.
 //
 // param, grad, m_codes, v_codes [numel]; m_absmax, v_absmax [ceil(numel / block)]; all dense.
 // One piece of work owns a range of blocks. The host has checked sizes.
@@ -14,27 +10,12 @@
 // Included by one file per instruction set, which defines Q8_ISA and its building blocks first.
 #pragma once
 
-#include <cmath>
-#include <limits>
 #include <type_traits>
 
+#include "../common/adam.h"
 #include "kernels.h"
 
 namespace gptj_q8::Q8_ISA {
-
-struct AdamFactors {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, rate, root, eps;
-
-  explicit AdamFactors(const AdamArgs& a)
-      : beta1(static_cast<float>(a.beta1)),
-        one_minus_beta1(static_cast<float>(1.0 - a.beta1)),
-        beta2(static_cast<float>(a.beta2)),
-        one_minus_beta2(static_cast<float>(1.0 - a.beta2)),
-        decay(static_cast<float>(1.0 - a.lr * a.weight_decay)),
-        rate(static_cast<float>(a.lr / (1.0 - std::pow(a.beta1, static_cast<double>(a.step))))),
-        root(static_cast<float>(std::sqrt(1.0 - std::pow(a.beta2, static_cast<double>(a.step))))),
-        eps(static_cast<float>(a.eps)) {}
-};
 
 // A function of its own, with the factors by value: else compilers assume that stores change them
 // and do not vectorize.
@@ -43,14 +24,11 @@ __attribute__((noinline)) inline void update_block(const AdamFactors f, int64_t 
                                                    float* __restrict__ param, float* __restrict__ m,
                                                    float* __restrict__ v) {
   for (int64_t i = 0; i < n; ++i) {
-    const float g = grad[i], old_m = m[i], old_v = v[i], old = param[i];
-    const bool finite = g * g <= std::numeric_limits<float>::max();  // false for NaN
-    const float new_m = f.beta1 * old_m + f.one_minus_beta1 * g;
-    const float new_v = f.beta2 * old_v + f.one_minus_beta2 * (g * g);
-    const float step = f.rate * (new_m / (std::sqrt(new_v) / f.root + f.eps));
-    m[i] = finite ? new_m : old_m;
-    v[i] = finite ? new_v : old_v;
-    param[i] = finite ? old * f.decay - step : old;
+    float p = param[i], new_m = m[i], new_v = v[i];
+    adam_update(f, grad[i], p, new_m, new_v);
+    param[i] = p;
+    m[i] = new_m;
+    v[i] = new_v;
   }
 }
 

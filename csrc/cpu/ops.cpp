@@ -10,7 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/prepare.h"
+#include "../common/schemas.h"
 #include "isa.h"
 #include "pool.h"
 
@@ -35,38 +36,13 @@ std::vector<float> float_values(const char* op, const char* name, const Tensor& 
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& codebook,
                                     int64_t block_size) {
-  QuantizeArgs a;
-  a.dtype = check_values("quantize", "weight", weight);
-  check_codebook("quantize", "codebook", codebook);
-  a.block_shift = check_block_size("quantize", block_size);
-  a.numel = weight.numel();
-  STD_TORCH_CHECK(a.numel > 0, "quantize: weight must not be empty");
-  Tensor codes = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Byte);
-  const int64_t blocks[] = {ceil_div(a.numel, block_size)};
-  Tensor absmax = torch::stable::new_empty(weight, {blocks, 1}, ScalarType::Float);
-  a.weight = weight.const_data_ptr();
-  a.codebook = codebook.const_data_ptr<float>();
-  a.codes = codes.mutable_data_ptr<uint8_t>();
-  a.absmax = absmax.mutable_data_ptr<float>();
+  auto [a, codes, absmax] = prepare_quantize(weight, codebook, block_size);
   kernels().quantize(a, kTorchPool);
   return {codes, absmax};
 }
 
 Tensor histogram(const Tensor& weight, int64_t block_size, int64_t bins) {
-  HistogramArgs a;
-  a.dtype = check_values("histogram", "weight", weight);
-  a.block_shift = check_block_size("histogram", block_size);
-  a.numel = weight.numel();
-  a.bins = bins;
-  STD_TORCH_CHECK(a.numel > 0, "histogram: weight must not be empty");
-  STD_TORCH_CHECK(bins >= 2 && bins <= (1 << 24) && (bins & (bins - 1)) == 0,
-                  "histogram: bins must be a power of two from 2 to 16777216, got ", bins);
-  const int64_t blocks[] = {ceil_div(a.numel, block_size)};
-  Tensor absmax = torch::stable::new_empty(weight, {blocks, 1}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(weight, {&bins, 1}, ScalarType::Long);
-  a.weight = weight.const_data_ptr();
-  a.absmax = absmax.mutable_data_ptr<float>();
-  a.counts = counts.mutable_data_ptr<int64_t>();
+  auto [a, counts, absmax] = prepare_histogram(weight, block_size, bins);
   std::fill_n(a.counts, bins, int64_t{0});
   kernels().histogram(a, kTorchPool);
   return counts;
@@ -147,36 +123,9 @@ void adam_step(Tensor& param, const Tensor& grad, Tensor& m_codes, Tensor& m_abs
                Tensor& v_codes, Tensor& v_absmax, const Tensor& m_codebook,
                const Tensor& v_codebook, double lr, double beta1, double beta2, double eps,
                double weight_decay, int64_t step, int64_t block_size) {
-  const char* op = "adam_step_";
-  AdamArgs a;
-  a.param_dtype = check_values(op, "param", param);
-  a.grad_dtype = check_values(op, "grad", grad);
-  a.block_shift = check_block_size(op, block_size);
-  a.numel = param.numel();
-  STD_TORCH_CHECK(a.numel > 0, op, ": param must not be empty");
-  check_numel(op, "grad", grad, a.numel);
-  check_dtype(op, "m_codes", m_codes, ScalarType::Byte);
-  check_numel(op, "m_codes", m_codes, a.numel);
-  check_dtype(op, "v_codes", v_codes, ScalarType::Byte);
-  check_numel(op, "v_codes", v_codes, a.numel);
-  check_absmax(op, "m_absmax", m_absmax, a.numel, a.block_shift);
-  check_absmax(op, "v_absmax", v_absmax, a.numel, a.block_shift);
-  check_codebook(op, "m_codebook", m_codebook);
-  check_codebook(op, "v_codebook", v_codebook);
-  a.param = param.mutable_data_ptr();
-  a.grad = grad.const_data_ptr();
-  a.m_codes = m_codes.mutable_data_ptr<uint8_t>();
-  a.m_absmax = m_absmax.mutable_data_ptr<float>();
-  a.v_codes = v_codes.mutable_data_ptr<uint8_t>();
-  a.v_absmax = v_absmax.mutable_data_ptr<float>();
-  a.m_codebook = m_codebook.const_data_ptr<float>();
-  a.v_codebook = v_codebook.const_data_ptr<float>();
-  a.lr = lr;
-  a.beta1 = beta1;
-  a.beta2 = beta2;
-  a.eps = eps;
-  a.weight_decay = weight_decay;
-  a.step = step;
+  const AdamArgs a =
+      prepare_adam(param, grad, m_codes, m_absmax, v_codes, v_absmax, m_codebook, v_codebook, lr,
+                   beta1, beta2, eps, weight_decay, step, block_size);
   kernels().adam_step(a, kTorchPool);
 }
 
@@ -205,37 +154,14 @@ std::string isa() {
 }  // namespace gptj_q8
 
 STABLE_TORCH_LIBRARY(gptj_q8_cpu, m) {
-  m.def("quantize(Tensor weight, Tensor codebook, int block_size) -> (Tensor, Tensor)");
-  m.def("histogram(Tensor weight, int block_size, int bins) -> Tensor");
-  m.def(
-      "dequantize(Tensor codes, Tensor absmax, Tensor codebook, int block_size, "
-      "ScalarType dtype) -> Tensor");
-  m.def(
-      "embedding(Tensor ids, Tensor codes, Tensor absmax, Tensor codebook, int block_size, "
-      "ScalarType dtype) -> Tensor");
-  m.def(
-      "linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "
-      "int block_size) -> Tensor");
-  m.def(
-      "linear_grad_input(Tensor dy, Tensor codes, Tensor absmax, Tensor codebook, "
-      "int block_size) -> Tensor");
-  m.def(
-      "adam_step_(Tensor(a!) param, Tensor grad, Tensor(b!) m_codes, Tensor(c!) m_absmax, "
-      "Tensor(d!) v_codes, Tensor(e!) v_absmax, Tensor m_codebook, Tensor v_codebook, float lr, "
-      "float beta1, float beta2, float eps, float weight_decay, int step, int block_size) -> ()");
+  gptj_q8::define_ops(m);
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");
   m.def("usable_isas() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptj_q8_cpu, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&gptj_q8::quantize));
-  m.impl("histogram", TORCH_BOX(&gptj_q8::histogram));
-  m.impl("dequantize", TORCH_BOX(&gptj_q8::dequantize));
-  m.impl("embedding", TORCH_BOX(&gptj_q8::embedding));
-  m.impl("linear", TORCH_BOX(&gptj_q8::linear));
-  m.impl("linear_grad_input", TORCH_BOX(&gptj_q8::linear_grad_input));
-  m.impl("adam_step_", TORCH_BOX(&gptj_q8::adam_step));
+  Q8_IMPLEMENT_OPS(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptj_q8_cpu, CompositeExplicitAutograd, m) {

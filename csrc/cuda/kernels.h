@@ -20,7 +20,21 @@ struct LinearArgs {
   void* y;
 };
 
+struct EmbeddingArgs {
+  const void* ids;  // [count] of int64 if they are wide, else of int32
+  bool ids_are_wide;
+  int64_t count;
+  Weight weight;
+  void* out;  // [count, cols] of dtype
+  DType dtype;
+};
+
+cudaError_t quantize(const QuantizeArgs& a, cudaStream_t stream);
+// largest: [1], scratch. counts need not be zeros.
+cudaError_t histogram(const HistogramArgs& a, float* largest, cudaStream_t stream);
 cudaError_t dequantize(const DequantizeArgs& a, cudaStream_t stream);
+cudaError_t embedding(const EmbeddingArgs& a, cudaStream_t stream);
+cudaError_t adam_step(const AdamArgs& a, cudaStream_t stream);
 
 // The products may need so many floats for partial sums; they are passed as `partial`, else null.
 // Fewer than 2^31 - 4096 rows and columns of w, fewer than 2^40 results.

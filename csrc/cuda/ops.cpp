@@ -15,7 +15,8 @@
 #include <optional>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/prepare.h"
+#include "../common/schemas.h"
 #include "kernels.h"
 
 namespace gptj_q8 {
@@ -52,6 +53,23 @@ void check_launch(const char* op, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& codebook,
+                                    int64_t block_size) {
+  const Queue queue("quantize", {&weight, &codebook});
+  auto [a, codes, absmax] = prepare_quantize(weight, codebook, block_size);
+  check_launch("quantize", cuda::quantize(a, queue.stream));
+  return {codes, absmax};
+}
+
+Tensor histogram(const Tensor& weight, int64_t block_size, int64_t bins) {
+  const Queue queue("histogram", {&weight});
+  auto [a, counts, absmax] = prepare_histogram(weight, block_size, bins);
+  const int64_t one = 1;
+  Tensor largest = torch::stable::new_empty(weight, {&one, 1}, ScalarType::Float);
+  check_launch("histogram", cuda::histogram(a, largest.mutable_data_ptr<float>(), queue.stream));
+  return counts;
+}
+
 Tensor dequantize(const Tensor& codes, const Tensor& absmax, const Tensor& codebook,
                   int64_t block_size, ScalarType dtype) {
   const char* op = "dequantize";
@@ -63,6 +81,39 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const Tensor& codeb
   a.out = out.mutable_data_ptr();
   check_launch(op, cuda::dequantize(a, queue.stream));
   return out;
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& absmax,
+                 const Tensor& codebook, int64_t block_size, ScalarType dtype) {
+  const char* op = "embedding";
+  cuda::EmbeddingArgs a;
+  a.dtype = dtype_of(op, dtype);
+  a.weight = check_weight(op, codes, absmax, codebook, block_size, false);
+  a.ids_are_wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(a.ids_are_wide || ids.scalar_type() == ScalarType::Int, op,
+                  ": ids must be int32 or int64");
+  check_dense(op, "ids", ids);
+  a.count = ids.numel();
+  STD_TORCH_CHECK(a.count > 0, op, ": ids must not be empty");
+  const Queue queue(op, {&ids, &codes, &absmax, &codebook});
+  const std::vector<int64_t> shape = with_last(ids, ids.dim(), a.weight.cols);
+  Tensor out = torch::stable::new_empty(codes, {shape.data(), shape.size()}, dtype);
+  a.ids = ids.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  check_launch(op, cuda::embedding(a, queue.stream));
+  return out;
+}
+
+void adam_step(Tensor& param, const Tensor& grad, Tensor& m_codes, Tensor& m_absmax,
+               Tensor& v_codes, Tensor& v_absmax, const Tensor& m_codebook,
+               const Tensor& v_codebook, double lr, double beta1, double beta2, double eps,
+               double weight_decay, int64_t step, int64_t block_size) {
+  const Queue queue("adam_step_", {&param, &grad, &m_codes, &m_absmax, &v_codes, &v_absmax,
+                                   &m_codebook, &v_codebook});
+  const AdamArgs a =
+      prepare_adam(param, grad, m_codes, m_absmax, v_codes, v_absmax, m_codebook, v_codebook, lr,
+                   beta1, beta2, eps, weight_decay, step, block_size);
+  check_launch("adam_step_", cuda::adam_step(a, queue.stream));
 }
 
 // Limits that the products' kernels count on.
@@ -145,19 +196,9 @@ Tensor linear_grad_input(const Tensor& dy, const Tensor& codes, const Tensor& ab
 #define Q8_IMPLEMENT(library, device, m) STABLE_TORCH_LIBRARY_IMPL(library, device, m)
 
 Q8_DECLARE(Q8_LIBRARY, m) {
-  m.def(
-      "dequantize(Tensor codes, Tensor absmax, Tensor codebook, int block_size, "
-      "ScalarType dtype) -> Tensor");
-  m.def(
-      "linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "
-      "int block_size) -> Tensor");
-  m.def(
-      "linear_grad_input(Tensor dy, Tensor codes, Tensor absmax, Tensor codebook, "
-      "int block_size) -> Tensor");
+  gptj_q8::define_ops(m);
 }
 
 Q8_IMPLEMENT(Q8_LIBRARY, Q8_DEVICE, m) {
-  m.impl("dequantize", TORCH_BOX(&gptj_q8::dequantize));
-  m.impl("linear", TORCH_BOX(&gptj_q8::linear));
-  m.impl("linear_grad_input", TORCH_BOX(&gptj_q8::linear_grad_input));
+  Q8_IMPLEMENT_OPS(m);
 }

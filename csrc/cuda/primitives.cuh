@@ -119,19 +119,6 @@ __device__ __forceinline__ void atomic_max_positive(float* p, float value) {
   atomicMax(reinterpret_cast<int*>(p), __float_as_int(value));
 }
 
-// Each rounded by itself: never contracted into a fused multiply-add.
-__device__ __forceinline__ float multiply(float a, float b) {
-  return __fmul_rn(a, b);
-}
-__device__ __forceinline__ float add(float a, float b) {
-  return __fadd_rn(a, b);
-}
-__device__ __forceinline__ float divide(float a, float b) {
-  return __fdiv_rn(a, b);
-}
-__device__ __forceinline__ float square_root(float a) {
-  return __fsqrt_rn(a);
-}
 // Rounded once.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return __fmaf_rn(a, b, c);

@@ -17,7 +17,7 @@ from typing import Any
 
 from gptj_q8.backends import cpu_table, cuda_table
 
-NAMES = ("cpu", "triton", "slabs", "reference")
+NAMES = ("cpu", "cuda", "triton", "slabs", "reference")
 """Every backend there is."""
 
 _TABLES = {"cpu": cpu_table, "cuda": cuda_table}

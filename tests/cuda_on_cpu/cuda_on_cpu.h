@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <tuple>
 
@@ -51,6 +52,12 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
 };
 using cudaStream_t = void*;
+
+// The device's memory is the CPU's, and a stream is done when the call returns.
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
 
 namespace cuda_on_cpu {
 

@@ -101,18 +101,6 @@ inline void atomic_max_positive(float* p, float value) {
   if (*p < value) *p = value;
 }
 
-inline float multiply(float a, float b) {
-  return a * b;
-}
-inline float add(float a, float b) {
-  return a + b;
-}
-inline float divide(float a, float b) {
-  return a / b;
-}
-inline float square_root(float a) {
-  return std::sqrt(a);
-}
 inline float multiply_add(float a, float b, float c) {
   return std::fma(a, b, c);
 }
