@@ -93,8 +93,8 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def backend_ids() -> list[str]:
     """Every backend, and for `cpu` every instruction set of this machine: "cpu:avx512".
 
-    Without a GPU, "cuda:emulated" stands for `cuda`. But for those that have some ops only, and for `triton` where it needs a process of its own:
-    their tests are elsewhere.
+    Without a GPU, "cuda:emulated" stands for `cuda`. Left out are those that have some ops only and
+    `triton` where it needs a process of its own: their tests are elsewhere.
     """
     ids = [name for name in backends.NAMES if is_complete(name) or backends.unavailable(name)]
     if not triton_is_interpreted() and not torch.cuda.is_available():

@@ -42,8 +42,8 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
-        self._library.cuda_on_cpu_sites.restype = ctypes.c_char_p
-        self._library.cuda_on_cpu_kernels.restype = ctypes.c_char_p
+        for name in ("sites", "kernels", "make_mistake"):
+            getattr(self._library, f"cuda_on_cpu_{name}").restype = ctypes.c_char_p
 
     @contextlib.contextmanager
     def force(self) -> Iterator[None]:
@@ -88,6 +88,10 @@ class Emulator:
     def kernels(self) -> set[str]:
         """The kernels run so far, by their mangled names."""
         return set(self._library.cuda_on_cpu_kernels().decode().split())
+
+    def make_mistake(self, name: str) -> str:
+        """What is said of a kernel of mistakes.cpp, which is wrong on purpose."""
+        return self._library.cuda_on_cpu_make_mistake(name.encode()).decode()
 
 
 def emulator() -> Emulator:

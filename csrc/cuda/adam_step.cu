@@ -31,7 +31,7 @@ __device__ __forceinline__ uint8_t smallest_positive(const float* levels) {
 }
 
 template <class P, class G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     adam_step_kernel(P* param, const G* grad, Moment m, Moment v, AdamFactors factors,
                      int block_shift, int64_t numel, bool aligned) {
   float* m_levels = shared_memory<float>();
