@@ -52,22 +52,19 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
   const int my_row = part * Tile::kWarpRows + quad * kRows;
   const typename Tile::Dy rows_of_dy(dy, first_m, out.rows, w.rows);
 
-  const auto fetch = [&](int step, int slot) {
-    if (step < stretch.last) {
-      unsigned char* stage = ring + slot * Tile::kStageBytes;
-      const int start = step * Tile::kStep;
-      rows_of_dy.fetch(stage, start);
-      unsigned char* codes = stage + Tile::Dy::kBytes + thread * kColumns;
-      const int row = start + my_row;
-      const uint8_t* from = w.codes + row * w.cols + column;
+  const auto fetch = [&](int slot, int step) {
+    unsigned char* stage = ring + slot * Tile::kStageBytes;
+    const int start = step * Tile::kStep;
+    rows_of_dy.fetch(stage, start);
+    unsigned char* codes = stage + Tile::Dy::kBytes + thread * kColumns;
+    const int row = start + my_row;
+    const uint8_t* from = w.codes + row * w.cols + column;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const bool inside = column_inside && row + r < rows;
-        copy_async_8(codes + r * kTensorThreads * kColumns, inside ? from : w.codes, inside);
-        from += w.cols;
-      }
+    for (int r = 0; r < kRows; ++r) {
+      const bool inside = column_inside && row + r < rows;
+      copy_async_8(codes + r * kTensorThreads * kColumns, inside ? from : w.codes, inside);
+      from += w.cols;
     }
-    copy_async_commit();
   };
   float next_scale[kRows];
   const auto fetch_scales = [&](int step) {
@@ -82,15 +79,8 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
   };
 
   float sums[kK16][kM8][4] = {};
-  for (int s = 0; s < stages - 1; ++s) fetch(stretch.first + s, s);
   fetch_scales(stretch.first);
-  fill_table<kTensorThreads>(table, w.codebook);
-  int slot = 0;
-#pragma unroll 1
-  for (int step = stretch.first; step < stretch.last; ++step) {
-    wait_for_stage(stages);
-    sync_threads();  // for the others' copies, and until the slot filled next has been read
-    fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
+  const auto multiply = [&](int slot, int step) {
     const unsigned char* stage = ring + slot * Tile::kStageBytes;
     uint2 codes[kRows];
     float scale[kRows];
@@ -126,8 +116,8 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 2 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < kK16; ++i) multiply_tile<T, false>(sums[i][j], a[1][i], b.z, b.w);
     }
-    slot = slot + 1 == stages ? 0 : slot + 1;
-  }
+  };
+  pipeline(table, w.codebook, stretch, stages, fetch, multiply);
   float* exchange = reinterpret_cast<float*>(ring);
   add_parts<Tile::kParts, kK16 * kM8 * 4>(&sums[0][0][0], exchange, owner, part, lane);
   if (part > 0 || !column_inside) return;

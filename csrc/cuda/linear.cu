@@ -11,6 +11,7 @@
 #include "linear_tensor.cuh"
 
 namespace gptj_q8::cuda {
+namespace {
 
 constexpr int64_t kFewBesideTensor = 2;
 constexpr int64_t kFewBesideNarrow = 4;
@@ -66,7 +67,9 @@ Plan plan_few_rows(const LinearArgs& a, const Gpu& gpu) {
   plan.way = Way::few_rows;
   plan.tile_m = a.m >= 3 ? 4 : static_cast<int>(a.m);
   plan.m_tiles = ceil_div(a.m, plan.tile_m);
-  const int64_t blocks = static_cast<int64_t>(gpu.processors) * few_resident(plan.tile_m);
+  const int fit = gpu.shared_bytes / few_shared_bytes(plan.tile_m, kFewWarps);
+  const int resident = fit < few_resident(plan.tile_m) ? 1 : few_resident(plan.tile_m);
+  const int64_t blocks = static_cast<int64_t>(gpu.processors) * resident;
   plan.tiles = min_of(blocks, ceil_div(a.weight.rows, kFewStep));
   plan.splits = 1;
   return plan;
@@ -102,17 +105,19 @@ template <class T>
 cudaError_t launch_tensor(const Plan& plan, bool narrow, const T* x, const Weight& w,
                           const Results<T>& out, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  with_linear_m8(plan.tile_m / 8, narrow, [&](auto m8, auto is_narrow) {
-    if constexpr (is_narrow && !std::is_same_v<T, f16>) {
+  with_linear_m8(plan.tile_m / 8, narrow, [&](auto m8, auto as_narrow) {
+    if constexpr (as_narrow && !std::is_same_v<T, f16>) {
       error = cudaErrorInvalidValue;  // sm_75 multiplies float16 only; the plan knows
     } else {
-      const int shared = kTableBytes + plan.stages * LinearTile<T, m8, is_narrow>::kStageBytes;
-      error = launch(linear_tensor_kernel<T, m8, is_narrow>, grid_of(plan), kTensorThreads, shared,
+      const int shared = kTableBytes + plan.stages * LinearTile<T, m8, as_narrow>::kStageBytes;
+      error = launch(linear_tensor_kernel<T, m8, as_narrow>, grid_of(plan), kTensorThreads, shared,
                      stream, x, w, out, static_cast<int>(plan.m_tiles), plan.stages);
     }
   });
   return error;
 }
+
+}  // namespace
 
 int64_t linear_partials(const LinearArgs& a, const Gpu& gpu) {
   return partial_floats(plan_linear(a, gpu), a.m, a.weight.rows);

@@ -1,5 +1,5 @@
-// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block]  (+
-// bias[n]) for a few rows of x: the decoding of one token, where reading w is all the work.
+// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block] + bias[n]
+// for a few rows of x: the decoding of one token, where reading w is all the work.
 //
 // x [M, K], codes [N, K], y [M, N], all dense; T float32, bfloat16 or float16. A block owns the
 // rows of w from N * b / blocks on, for kM rows of x (blockIdx.y chooses which). The host has

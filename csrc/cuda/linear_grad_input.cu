@@ -7,6 +7,7 @@
 #include "launch_plain.cuh"
 
 namespace gptj_q8::cuda {
+namespace {
 
 // Rows of x in eights: of the two tiles that are there.
 constexpr int kGradFew = 2, kGradMany = 8;
@@ -45,6 +46,8 @@ cudaError_t launch_grad_tensor(const Plan& plan, const T* dy, const Weight& w,
   return launch(kernel, grid_of(plan), kTensorThreads, kTableBytes + plan.stages * stage, stream,
                 dy, w, out, static_cast<int>(plan.m_tiles), plan.stages);
 }
+
+}  // namespace
 
 int64_t linear_grad_input_partials(const LinearGradInputArgs& a, const Gpu& gpu) {
   return partial_floats(plan_linear_grad_input(a, gpu), a.m, a.weight.cols);

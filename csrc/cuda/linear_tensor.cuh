@@ -1,5 +1,5 @@
-// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block]  (+
-// bias[n]) on tensor cores, w decoded inside the product.
+// y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block] + bias[n]
+// on tensor cores, w decoded inside the product.
 //
 // x [M, K], codes [N, K], y [M, N], all dense; T bfloat16 or float16. A block owns y[8 * kM8, 128]
 // over one of gridDim.y stretches of k: its warps take 16 or 32 rows of w each, and where they are
@@ -55,20 +55,17 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
   const int64_t flat = first_n * w.cols + my_column, eight_rows = 8 * w.cols;
   const typename Tile::X rows_of_x(x, first_m, out.rows, columns);
 
-  const auto fetch = [&](int step, int slot) {
-    if (step < stretch.last) {
-      unsigned char* stage = ring + slot * Tile::kStageBytes;
-      const int start = step * Tile::kStep;
-      rows_of_x.fetch(stage, start);
-      unsigned char* codes = stage + Tile::X::kBytes + thread * 16;
+  const auto fetch = [&](int slot, int step) {
+    unsigned char* stage = ring + slot * Tile::kStageBytes;
+    const int start = step * Tile::kStep;
+    rows_of_x.fetch(stage, start);
+    unsigned char* codes = stage + Tile::X::kBytes + thread * 16;
 #pragma unroll
-      for (int i = 0; i < kRuns; ++i) {
-        const bool inside = start + my_column < columns && 8 * i < rows_left;
-        const uint8_t* from = w.codes + (flat + (start + i * eight_rows));
-        copy_async_16(codes + i * kTensorThreads * 16, inside ? from : w.codes, inside);
-      }
+    for (int i = 0; i < kRuns; ++i) {
+      const bool inside = start + my_column < columns && 8 * i < rows_left;
+      const uint8_t* from = w.codes + (flat + (start + i * eight_rows));
+      copy_async_16(codes + i * kTensorThreads * 16, inside ? from : w.codes, inside);
     }
-    copy_async_commit();
   };
   float next_scale[kRuns];
   const auto fetch_scales = [&](int step) {
@@ -83,15 +80,8 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
   };
 
   float sums[kN16][kM8][4] = {};
-  for (int s = 0; s < stages - 1; ++s) fetch(stretch.first + s, s);
   fetch_scales(stretch.first);
-  fill_table<kTensorThreads>(table, w.codebook);
-  int slot = 0;
-#pragma unroll 1
-  for (int step = stretch.first; step < stretch.last; ++step) {
-    wait_for_stage(stages);
-    sync_threads();  // for the others' copies, and until the slot filled next has been read
-    fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
+  const auto multiply = [&](int slot, int step) {
     const unsigned char* stage = ring + slot * Tile::kStageBytes;
     uint4 codes[kRuns];
     float scale[kRuns];
@@ -127,8 +117,8 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
         for (int i = 0; i < kN16; ++i) multiply_tile<T, kNarrow>(sums[i][j], a[1][i], b.z, b.w);
       }
     }
-    slot = slot + 1 == stages ? 0 : slot + 1;
-  }
+  };
+  pipeline(table, w.codebook, stretch, stages, fetch, multiply);
   if constexpr (kParts > 1) {
     float* exchange = reinterpret_cast<float*>(ring);
     add_parts<kParts, kN16 * kM8 * 4>(&sums[0][0][0], exchange, owner, part, lane);

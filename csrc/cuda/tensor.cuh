@@ -22,14 +22,33 @@ constexpr int kTensorWarps = kTensorThreads / kLanes;
 // Steps of the sum in shared memory at a time: the one multiplied and those on their way.
 constexpr int kMostStages = 4;
 
-// Waits for the oldest of the stages - 1 newest groups of copies.
-__device__ __forceinline__ void wait_for_stage(int stages) {
-  if (stages == 2) {
-    copy_async_wait<0>();
-  } else if (stages == 3) {
-    copy_async_wait<1>();
-  } else {
-    copy_async_wait<2>();
+// Runs multiply(stage, step) for each step of the stretch, on what fetch(stage, step) has started
+// to copy; a stage is its place in the ring in shared memory. As the one is multiplied, the next
+// stages - 1 are on their way. Fills the table of levels meanwhile.
+template <class Fetch, class Multiply>
+__device__ __forceinline__ void pipeline(float* table, const float* codebook, Stretch stretch,
+                                         int stages, const Fetch& fetch, const Multiply& multiply) {
+  const auto start = [&](int slot, int step) {
+    if (step < stretch.last) fetch(slot, step);
+    copy_async_commit();  // empty past the end, so that counting groups stays right
+  };
+  for (int s = 0; s < stages - 1; ++s) start(s, stretch.first + s);
+  fill_table<kTensorThreads>(table, codebook);
+  int slot = 0;
+#pragma unroll 1
+  for (int step = stretch.first; step < stretch.last; ++step) {
+    // Of the stages - 1 groups on their way the oldest is needed now.
+    if (stages == 2) {
+      copy_async_wait<0>();
+    } else if (stages == 3) {
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<2>();
+    }
+    sync_threads();  // for the others' copies, and until all have read the slot filled next
+    start(slot == 0 ? stages - 1 : slot - 1, step + stages - 1);
+    multiply(slot, step);
+    slot = slot + 1 == stages ? 0 : slot + 1;
   }
 }
 
@@ -86,8 +105,8 @@ class RowTile {
   int row_, column_, rows_left_;
 };
 
-// d[i][j] += A[i] @ B[j] for the places of the sum that one 8-byte half of a read covers. kNarrow:
-// as two products half as deep, all that sm_75 has.
+// d += A @ B, with b_low and b_high the lane's two pairs of B. kNarrow: as two products half as
+// deep, all that sm_75 has.
 template <class T, bool kNarrow>
 __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low,
                                               uint32_t b_high) {
