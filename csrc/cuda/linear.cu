@@ -69,8 +69,9 @@ Plan plan_few_rows(const LinearArgs& a, const Gpu& gpu) {
   plan.m_tiles = ceil_div(a.m, plan.tile_m);
   const int fit = gpu.shared_bytes / few_shared_bytes(plan.tile_m, kFewWarps);
   const int resident = fit < few_resident(plan.tile_m) ? 1 : few_resident(plan.tile_m);
-  const int64_t blocks = static_cast<int64_t>(gpu.processors) * resident;
-  plan.tiles = min_of(blocks, ceil_div(a.weight.rows, kFewStep));
+  // As many blocks as run at a time, each with all its rows of w in one go.
+  const int64_t blocks = ceil_div(static_cast<int64_t>(gpu.processors) * resident, plan.m_tiles);
+  plan.tiles = plan.m_tiles * min_of(blocks, ceil_div(a.weight.rows, kFewStep));
   plan.splits = 1;
   return plan;
 }
@@ -96,9 +97,8 @@ cudaError_t launch_few_rows(const Plan& plan, const T* x, const Weight& w, const
   const auto kernel = plan.tile_m == 1   ? linear_few_rows_kernel<T, 1>
                       : plan.tile_m == 2 ? linear_few_rows_kernel<T, 2>
                                          : linear_few_rows_kernel<T, 4>;
-  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.m_tiles));
-  return launch(kernel, grid, kFewThreads, few_shared_bytes(plan.tile_m, slice_warps), stream, x, w,
-                out, slice_warps);
+  return launch(kernel, grid_of(plan), kFewThreads, few_shared_bytes(plan.tile_m, slice_warps),
+                stream, x, w, out, static_cast<int>(plan.m_tiles), slice_warps);
 }
 
 template <class T>

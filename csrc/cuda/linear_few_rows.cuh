@@ -2,7 +2,7 @@
 // for a few rows of x: the decoding of one token, where reading w is all the work.
 //
 // x [M, K], codes [N, K], y [M, N], all dense; T float32, bfloat16 or float16. A block owns the
-// rows of w from N * b / blocks on, for kM rows of x (blockIdx.y chooses which). The host has
+// rows of w from N * b / blocks on, for kM rows of x. The host has
 // checked that K is a multiple of 16 and that x and codes are aligned to 16 bytes; so 16 codes that
 // a lane loads at once lie in one row and share one scale.
 //
@@ -84,7 +84,7 @@ __device__ __forceinline__ float sum_over_lanes(float* v, int lane) {
 // slice_warps: a power of two up to kFewWarps; so many warps share a row, slice by slice.
 template <class T, int kM>
 __global__ void __launch_bounds__(kFewThreads, few_resident(kM))
-    linear_few_rows_kernel(const T* x, Weight w, Results<T> out, int slice_warps) {
+    linear_few_rows_kernel(const T* x, Weight w, Results<T> out, int m_tiles, int slice_warps) {
   float* table = shared_memory<float>();
   float* kept = table + kLevels * kLanes;  // [slice_warps][kFewChunk][kM]
   const int lane = threadIdx.x % kLanes, warp = uniform_warp();
@@ -92,9 +92,10 @@ __global__ void __launch_bounds__(kFewThreads, few_resident(kM))
   const int my_slice = warp % slice_warps, my_rows = warp / slice_warps * kFewStep;
   const int round = kFewWarps / slice_warps * kFewStep;  // rows that the block reads at a time
   const int columns = static_cast<int>(w.cols);
-  const int64_t first_m = static_cast<int64_t>(blockIdx.y) * kM;
-  const int64_t first = w.rows * blockIdx.x / gridDim.x;
-  const int64_t last = w.rows * (blockIdx.x + 1) / gridDim.x;
+  // Blocks that share rows of w are neighbours: the first brings them to the L2 cache.
+  const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * kM;
+  const int block = blockIdx.x / m_tiles, blocks = gridDim.x / m_tiles;
+  const int64_t first = w.rows * block / blocks, last = w.rows * (block + 1) / blocks;
   fill_table<kFewThreads>(table, w.codebook);
   sync_threads();
 
