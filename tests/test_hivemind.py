@@ -222,12 +222,13 @@ def test_without_gradients_there_is_no_checkpointing(old_dir):
     assert calls["blocks"] == 10  # two blocks, five steps: the cache is in use
 
 
-def test_the_usual_loop(old_dir):
+@pytest.mark.parametrize(
+    "optimizer", ["gptj_q8.optim.Adam8bit", "bitsandbytes.optim.Adam8bit", "torch.optim.Adam"]
+)
+def test_the_usual_loop(old_dir, optimizer):
     """As in the notebook: no .train(), autocast around it all, biases and norms train too."""
-    try:
-        from gptj_q8.optim import Adam8bit
-    except ImportError:
-        Adam8bit = torch.optim.Adam
+    home, _, kind = optimizer.rpartition(".")
+    module = pytest.importorskip(home, reason=f"{home} is not here")
     model = GPTJForCausalLM.from_pretrained(old_dir, low_cpu_mem_usage=True)
     before = logits(model)
     add_adapters(model)
@@ -236,7 +237,7 @@ def test_the_usual_loop(old_dir):
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable()
     frozen = {n: b.clone() for n, b in model.named_buffers()}
-    optimizer = Adam8bit(model.parameters(), lr=2e-2)
+    optimizer = getattr(module, kind)(model.parameters(), lr=2e-2)
     losses = []
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(20):
