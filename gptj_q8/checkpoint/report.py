@@ -36,7 +36,8 @@ class ConversionReport:
     bytes_before, bytes_after: of the weight files. weights: how many were quantized, at
     bits_per_weight with scales and codebooks. layers: the error of each kind.
     kept: names of the Linear and Embedding modules left in float.
-    adapters: how many modules have an adapter, found in the source and written beside the model.
+    rewritten: whether the source was in 8 bits already, which were kept. adapters: how many modules
+    have an adapter, found there and written beside the model.
     """
 
     block_size: int
@@ -47,6 +48,7 @@ class ConversionReport:
     bits_per_weight: float
     layers: list[LayerError]
     kept: list[str]
+    rewritten: bool = False
     adapters: int = 0
 
 

@@ -115,5 +115,6 @@ class Rewriting:
             bits_per_weight=8 * size / weights,
             layers=layers,
             kept=sorted(convert.left_in_float(self._model, taken)),
+            rewritten=True,
             adapters=len(self._adapters),
         )

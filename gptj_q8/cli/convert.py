@@ -99,7 +99,7 @@ def convert_command(
         if report.adapters:
             screen.say()
             place = destination / ADAPTER
-            screen.say(f"The adapters of {report.adapters} modules are for PEFT, in {place}")
+            screen.say(f"Its adapters are in {place}: generate and evaluate take them by --adapter")
         screen.say()
         screen.say(f"Saved in {destination} after {seconds:.1f} s.")
         screen.result(
@@ -120,7 +120,7 @@ def say_report(screen: Screen, report: ConversionReport) -> None:
         f"({100 * share:.0f} %), {report.bits_per_weight:.2f} bits per weight"
     )
     screen.say()
-    if not any(layer.relative_rmse for layer in report.layers):
+    if report.rewritten:
         screen.say("Its 8-bit weights were kept.")
     rows = [
         (layer.kind, str(layer.tensors), f"{layer.weights:,}", f"{100 * layer.relative_rmse:.3f} %")
