@@ -1,9 +1,10 @@
-"""What a model learns from: documents from files and datasets, and rows of tokens from documents."""
+"""What a model learns from: documents from files and datasets, rows of tokens from those."""
 
 from __future__ import annotations
 
 import bz2
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_every_token_is_a_target_once(tokenizer: PreTrainedTokenizerBase) -> Non
         assert all(2 <= len(piece.ids) <= length for piece in pieces)
         ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         pairs = [pair for piece in pieces for pair in learned(collate([[piece]]))]
-        assert pairs == list(zip(ids, ids[1:], strict=False)), length
+        assert pairs == list(pairwise(ids)), length
 
 
 def test_only_the_completion_is_learned_even_when_packed(
