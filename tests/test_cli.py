@@ -12,6 +12,8 @@ from command_line import POSITIONS, byte_ids, float32, read_json, run, save_byte
 from tiny import contents
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
+from gptj_q8.train.settings import Settings
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -134,12 +136,21 @@ def test_generate_refuses_another_models_tokenizer(model: Path, tmp_path: Path) 
 def test_demo_shows_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptj_q8.cli.demo.TOKENS", 1024)
     monkeypatch.setattr("gptj_q8.cli.demo.TIMED_TOKENS", 4)
+    lesson = Settings(learning_rate=4e-3, sequence_length=128, max_steps=2, save_every=2)
+    monkeypatch.setattr("gptj_q8.cli.demo.LESSON", lesson)
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()  # must not be taken for the model or the text
     output = tmp_path / "copy"
     shown = run("demo", "--output", output)
     assert shown.exit_code == 0, shown.output
-    for part in ("bits/weight", "perplexity", "KL (nats)", "tokens/s", "\nEn el principio"):
+    for part in (
+        "bits/weight",
+        "perplexity",
+        "KL (nats)",
+        "tokens/s",
+        "\nEn el principio",
+        "After:\nQuien mucho",
+    ):
         assert part in shown.stdout
     # The lines it prints do what it says.
     python = shown.stdout.partition("In Python:")[2]
@@ -153,6 +164,15 @@ def test_demo_shows_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ours, old = measured["copies"]
     assert old["divergence"]["kl"] > 2 * ours["divergence"]["kl"]
     assert measured["generation"] in shown.stdout
+    assert measured["finetuning"]["samples"][0]["after"].strip() in shown.stdout
+
+
+@pytest.mark.slow
+def test_demo_learns_proverbs(tmp_path: Path) -> None:
+    """A minute: the lesson as `make demo` gives it."""
+    lesson = read_json(run("demo", "--output", tmp_path / "copy", "--json"))["finetuning"]
+    assert lesson["held_out_tokens"] > 3000
+    assert lesson["held_out"][-1][1] <= 0.8 * lesson["held_out"][0][1]
 
 
 def test_demo_replaces_no_other_model(model: Path) -> None:

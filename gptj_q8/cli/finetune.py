@@ -227,26 +227,32 @@ def say_report(screen: Screen, report: Report) -> None:
         "sequences"
     )
     if report.held_out:
-        before, after = report.held_out[0][1], report.held_out[-1][1]
         screen.say()
-        rows = [
-            (
-                "loss, nats a token",
-                f"{before:.3f}",
-                f"{after:.3f}",
-                f"{100 * (after / before - 1):+.1f} %",
-            ),
-            ("perplexity", f"{math.exp(before):.1f}", f"{math.exp(after):.1f}", ""),
-        ]
-        screen.table((f"{report.held_out_tokens:,} held-out tokens", "before", "after", ""), rows)
-    for sample in report.samples:
-        screen.say()
-        for when, text in (("Before", sample.before), ("After", sample.after)):
-            screen.say(f"{when}:", style="bold")
-            screen.say((sample.prompt + text).strip())
+        say_losses(screen, report)
+    say_samples(screen, report)
     if report.finished:
         screen.say()
         drawn = f"; {report.plot} shows the run" if report.plot else ""
         screen.say(f"The adapter is in {report.adapter}{drawn}.")
         if not report.plot:
             screen.note("No plot was drawn: it needs matplotlib (pip install gptj_q8[train]).")
+
+
+def say_losses(screen: Screen, report: Report) -> None:
+    """Prints the held-out loss before and after."""
+    before, after = report.held_out[0][1], report.held_out[-1][1]
+    change = 100 * (after / before - 1)
+    rows = [
+        ("loss, nats a token", f"{before:.3f}", f"{after:.3f}", f"{change:+.1f} %"),
+        ("perplexity", f"{math.exp(before):.1f}", f"{math.exp(after):.1f}", ""),
+    ]
+    screen.table((f"{report.held_out_tokens:,} held-out tokens", "before", "after", ""), rows)
+
+
+def say_samples(screen: Screen, report: Report) -> None:
+    """Prints what the model made of each prompt before and after."""
+    for sample in report.samples:
+        for when, text in (("Before", sample.before), ("After", sample.after)):
+            screen.say()
+            screen.say(f"{when}:", style="bold")
+            screen.say((sample.prompt + text).strip())

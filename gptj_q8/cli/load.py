@@ -132,13 +132,17 @@ def text(name: str) -> str:
 
 def documents(name: str) -> list[Document]:
     """Reads what to fine-tune on: files, folders, a dataset, or the demo's proverbs."""
-    from gptj_q8.train.texts import Document, read_documents
+    from gptj_q8.train.texts import read_documents
 
-    if name == DEMO and not Path(name).exists():
-        from gptj_q8.demo import proverbs
+    return demo_documents() if name == DEMO and not Path(name).exists() else read_documents(name)
 
-        return [Document(proverbs(), where="the demo's proverbs", is_file=True)]
-    return read_documents(name)
+
+def demo_documents() -> list[Document]:
+    """The demo's proverbs."""
+    from gptj_q8.demo import proverbs
+    from gptj_q8.train.texts import Document
+
+    return [Document(proverbs(), where="the demo's proverbs", is_file=True)]
 
 
 def token_ids(tokens: PreTrainedTokenizerBase, content: str, limit: int | None) -> torch.Tensor:
