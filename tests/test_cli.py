@@ -25,7 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a stranger meets first
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "generate", "evaluate", "finetune", "tune"])
+@pytest.mark.parametrize(
+    "command", ["demo", "convert", "generate", "evaluate", "finetune", "merge", "tune"]
+)
 def test_help_tells_of_every_command(command: str) -> None:
     assert command in run("--help").stdout
     result = run(command, "--help")

@@ -12,6 +12,7 @@ from gptj_q8.cli.errors import Settings, guarded
 from gptj_q8.cli.evaluate import evaluate_command
 from gptj_q8.cli.finetune import finetune_command
 from gptj_q8.cli.generate import generate_command
+from gptj_q8.cli.merge import merge_command
 from gptj_q8.cli.tune import tune_command
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command("convert")(guarded(convert_command))
 app.command("generate")(guarded(generate_command))
 app.command("evaluate")(guarded(evaluate_command))
 app.command("finetune")(guarded(finetune_command))
+app.command("merge")(guarded(merge_command))
 app.command("tune")(guarded(tune_command))
 
 
@@ -59,9 +61,9 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    """GPT-J in 8 bits: convert a model, measure what that costs, generate text with it.
+    """GPT-J in 8 bits: convert a model, measure what that costs, generate text, fine-tune it.
 
-    Start with `gptj-q8 demo`, which shows all of it on a small model in a minute.
+    Start with `gptj-q8 demo`, which shows all of it on a small model in two minutes.
     """
     Settings.debug = debug
 

@@ -10,4 +10,5 @@
 | `trainer` | Transformers' Trainer with checkpoints that are whole or not there |
 | `plot` | the curves |
 | `run` | `finetune`, all of it in order |
+| `merge` | an adapter put into its model's own weights |
 """

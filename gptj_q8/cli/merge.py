@@ -1,0 +1,60 @@
+"""`gptj-q8 merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gptj_q8.cli import load, options
+from gptj_q8.cli.screen import bytes_text, open_screen
+
+
+def merge_command(
+    model: options.Model,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The merged model's folder.", show_default=False
+        ),
+    ],
+    to: Annotated[
+        Literal["8bit", "float16", "bfloat16", "float32"],
+        typer.Option(metavar="FORM", help="8bit, float16, bfloat16 or float32."),
+    ] = "8bit",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace DIR if it is there.")
+    ] = False,
+    tokenizer: options.Tokenizer = None,
+    json: options.AsJson = False,
+) -> None:
+    """Write MODEL with ADAPTER in its own weights: a model that needs no adapter.
+
+    The sum is taken in float32, which takes memory for MODEL in float32, and rounded once.
+
+    Example: `gptj-q8 merge demo out/proverbs --output out/merged`
+    """
+    with open_screen(json) as screen:
+        with screen.working(f"Merging {adapter} into {model} ..."):
+            load.quieten()
+            from gptj_q8.train.merge import merge
+
+            load.check_adapter(adapter)
+            tokens = load.tokenizer(*filter(None, (tokenizer, model)))
+            network = load.model(model, "auto", load.device("cpu"))
+            merge(network, tokens, adapter, output, to, overwrite)
+        size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+        screen.say(f"The merged model is in {output}: {to}, {bytes_text(size)}.")
+        screen.result(
+            {
+                "model": model,
+                "adapter": str(adapter),
+                "output": str(output),
+                "form": to,
+                "bytes": size,
+            }
+        )
