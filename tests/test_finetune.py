@@ -15,8 +15,10 @@ from command_line import save_byte_gptj
 from peft import PeftModel
 from tiny import QUICK, contents
 from transformers import AutoTokenizer
+from transformers.models.gptj.modeling_gptj import GPTJMLP
 
 import gptj_q8
+from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
 from gptj_q8.train.listener import Listener
 from gptj_q8.train.plot import smoothed
@@ -240,15 +242,16 @@ def test_nan_stops_with_step_and_learning_rate(
     ):
         tune(settings=Settings(**{**vars(SETTINGS), "learning_rate": 1e30}))
 
-    step = torch.optim.AdamW.step
+    step, done = AdamW8bit.step, []
 
     def spoil(self: Any, *arguments: Any) -> Any:
         found = step(self, *arguments)
-        if len(self.state) and next(iter(self.state.values()))["step"] == 3:
+        done.append(found)
+        if len(done) == 3:
             self.param_groups[0]["params"][0].data.fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    monkeypatch.setattr(AdamW8bit, "step", spoil)
     with pytest.raises(ValueError, match=r"the loss is nan at step 4 .*checkpoint-2 is kept"):
         tune(overwrite=True)
     assert folder.last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
@@ -286,6 +289,26 @@ def test_without_held_out_data_and_with_records(tune: Any) -> None:
     assert report.tokens == sum(len(record.text) + 1 for record in records)
     assert report.rows < 40
     assert report.samples[0].prompt.startswith("Cuántos")
+
+
+def test_large_models_compute_activations_again(
+    whole: tuple[Report, Path], tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = GPTJMLP.forward
+
+    def counting(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(GPTJMLP, "forward", counting)
+    tune()
+    plain = sum(calls)
+    calls.clear()
+    monkeypatch.setattr("gptj_q8.train.run.CHECKPOINT_ABOVE", 0)
+    losses = [loss for _, loss in tune(overwrite=True).losses]
+    assert sum(calls) == 2 * plain
+    assert losses == pytest.approx([loss for _, loss in whole[0].losses], rel=1e-4)
 
 
 def test_smoothing_is_a_mean_of_neighbours() -> None:

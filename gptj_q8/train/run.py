@@ -14,6 +14,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from gptj_q8.generate import generate
+from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
 from gptj_q8.train.listener import Listener
 from gptj_q8.train.packing import Piece, Rows, collate, encode, keeps_apart
@@ -24,6 +25,10 @@ from gptj_q8.train.trainer import Q8Trainer, Watcher
 
 # Tokens that go through the model together; a batch of more is done in parts.
 TOKENS_AT_ONCE = 2048
+# Above this many numbers in a model, only the blocks' inputs are kept and the rest is computed
+# again in the backward pass, a third more work; below, all that is kept is small beside a process.
+# An estimate: float32 GPT-J blocks of 10^8 numbers in all keep some 1.5 GB for 2048 tokens.
+CHECKPOINT_ABOVE = 100_000_000
 SAMPLE_TOKENS = 60
 PROMPTS = 2
 
@@ -295,6 +300,8 @@ def _trainer(
         warmup_steps=math.ceil(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=model.get_nb_trainable_parameters()[1] > CHECKPOINT_ABOVE,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         eval_strategy="steps" if held_out_rows else "no",
@@ -319,7 +326,7 @@ def _trainer(
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
         callbacks=[watcher],
-        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": settings.learning_rate}),
+        optimizer_cls_and_kwargs=(AdamW8bit, {"lr": settings.learning_rate}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
