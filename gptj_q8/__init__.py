@@ -20,7 +20,11 @@ _HOMES = {
     "convert_checkpoint": "gptj_q8.checkpoint",
     "dequantize_": "gptj_q8.convert",
     "from_pretrained": "gptj_q8.pretrained",
+    "linear_cross_entropy": "gptj_q8.nn.loss",
     "quantize_": "gptj_q8.convert",
+    "save_memory": "gptj_q8.models.gptj_modules",
+    "set_attn_implementation": "gptj_q8.models.gptj_modules",
+    "set_chunked_loss": "gptj_q8.models.gptj_modules",
 }
 _MODULES = ("demo", "evaluate", "optim")
 __all__ = [*_HOMES, *_MODULES, "ops"]

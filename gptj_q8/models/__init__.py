@@ -13,4 +13,17 @@ LEFTOVERS = (
     r"(^|\.)embeddings\.position_ids$",
 )
 
-__all__ = ["LEFTOVERS", "RULES", "Rule"]
+
+def own_sdpa(model_type: str) -> str | None:
+    """The name, known to Transformers after this, of our scaled-dot-product attention.
+
+    None for a family that needs none of ours, having Transformers' own under the name `sdpa`.
+    """
+    if model_type != GPTJ.model_type:
+        return None
+    from gptj_q8.models.gptj_modules import ATTENTION
+
+    return ATTENTION
+
+
+__all__ = ["LEFTOVERS", "RULES", "Rule", "own_sdpa"]
