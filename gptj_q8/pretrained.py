@@ -7,6 +7,7 @@ from gptj_q8.checkpoint import old, stored
 from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.source import faults_named, local_directory, refuse_unsafe
 from gptj_q8.config import QUANT_METHOD, Q8Config
+from gptj_q8.models import own_sdpa
 
 # What from_pretrained must know to find config.json.
 _HUB_ARGUMENTS = (
@@ -34,6 +35,7 @@ def from_pretrained(
     in them are attached as PEFT's. For other models `import gptj_q8` and
     `AutoModel...from_pretrained` do as well.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
+    attn_implementation: "sdpa" (which Transformers lacks for GPT-J) unless "eager" is asked for.
     Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
     another method has quantized, for damaged files, and for a pickle that asks to run code.
     """
@@ -50,6 +52,10 @@ def from_pretrained(
         raise ValueError(f"{name_or_path}: is quantized already ({method})")
     if quantization_config is not None or not present:
         kwargs["quantization_config"] = quantization_config or Q8Config()
+    attention = kwargs.get("attn_implementation", config._attn_implementation)
+    wants_weights = kwargs.get("output_attentions", config.output_attentions)
+    if attention == "sdpa" or (attention is None and not wants_weights):
+        kwargs["attn_implementation"] = own_sdpa(config.model_type) or attention
     with faults_named(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
 

@@ -20,7 +20,6 @@ from gptj_q8.nn.loss import linear_cross_entropy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 K, VOCABULARY = 40, 301
-EPSILON = {torch.float32: 1e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def example(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,8 @@ def reference(
 @pytest.mark.parametrize("kind", ["frozen", "bias", "float", "lora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_gradients_against_float64(dtype: torch.dtype, kind: str, chunk_rows: int) -> None:
-    """No further from the truth than twice Transformers' own, and than the dtype's resolution."""
+    """No further from the truth than twice Transformers' own and half the dtype's resolution."""
+    slack = torch.finfo(dtype).eps / 2
     hidden, labels = example(dtype)
     head = heads(dtype)[kind]
     loss = linear_cross_entropy(hidden, head, labels, chunk_rows=chunk_rows)
@@ -105,12 +105,12 @@ def test_loss_and_gradients_against_float64(dtype: torch.dtype, kind: str, chunk
     theirs, their_grads = reference(hidden, head, labels)
 
     assert loss.dtype == torch.float32
-    assert relative_error(loss, truth) <= 2 * relative_error(theirs, truth) + 1e-7
+    assert relative_error(loss, truth) <= 2 * relative_error(theirs, truth) + slack
     assert len(grads) == len(true_grads) > (kind != "frozen")
     for grad, parameter in zip(grads, [hidden, *trained(head)], strict=True):
         assert grad.dtype == parameter.dtype
     for grad, their, true in zip(grads, their_grads, true_grads, strict=True):
-        assert relative_error(grad, true) <= 2 * relative_error(their, true) + EPSILON[dtype] / 4
+        assert relative_error(grad, true) <= 2 * relative_error(their, true) + slack
 
 
 @pytest.mark.parametrize("items", [100, torch.tensor(100)])
@@ -228,7 +228,7 @@ from benchmarks.full_size import peak_anonymous_memory
 from gptj_q8.nn.loss import linear_cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-rows, words = 1024, 16384
+rows, words = 2048, 32768
 torch.set_num_threads(1)
 head = nn.Linear(32, words).bfloat16().requires_grad_(False)
 hidden = torch.randn(1, rows, 32).bfloat16().requires_grad_()
@@ -247,7 +247,7 @@ print((peak() - before) / (4 * rows * words))
 
 
 def test_memory_is_that_of_a_chunk() -> None:
-    """In float32 logits of all rows, 67 MB: a chunk is a sixteenth, and takes at most three."""
+    """In float32 logits of all rows, 268 MB: a chunk is 1 / 32, and takes at most three of them."""
     whole, chunks = (
         float(
             subprocess.run(
@@ -257,4 +257,4 @@ def test_memory_is_that_of_a_chunk() -> None:
         for how in ("whole", "chunks")
     )
     assert whole > 2, "or this test would see nothing"
-    assert chunks < 3 / 16
+    assert chunks < 3 / 32

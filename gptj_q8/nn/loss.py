@@ -82,21 +82,15 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device)
         dhidden = torch.zeros_like(hidden) if needs_hidden else None
         sums: list[Tensor | None] = [None] * len(parameters)
-        for chunk in rows.split(chunk_rows):
-            with torch.set_grad_enabled(wanted):
-                x = hidden[chunk].detach().requires_grad_(needs_hidden)
-                logits = head(x)
-            loss, dlogits = _loss_and_gradient(logits.detach(), targets[chunk], wanted)
-            total += loss
+        for chunk in rows.split(chunk_rows) if len(rows) else ():
+            x = hidden[chunk].detach().requires_grad_(needs_hidden)
             inputs = [*([x] if needs_hidden else []), *(parameters if wanted else [])]
-            if not inputs:
-                continue
-            # The backward pass of a product must not be cast once more.
-            with torch.autocast(hidden.device.type, enabled=False):
-                grads = list(torch.autograd.grad(logits, inputs, dlogits, allow_unused=True))
+            loss, grads = _chunk(head, x, targets[chunk], inputs)
+            total += loss
             if dhidden is not None:
                 dhidden[chunk] = grads.pop(0)
-            sums = [_add(one, other) for one, other in zip(sums, grads, strict=True)]
+            if grads:
+                sums = [_add(one, other) for one, other in zip(sums, grads, strict=True)]
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.save_for_backward(dhidden, *sums)
         return total
@@ -111,6 +105,20 @@ class _ChunkedLoss(torch.autograd.Function):
             for grad, dtype in zip((dhidden, *sums), dtypes, strict=True)
         ]
         return grads[0], None, None, None, None, None, *grads[1:]
+
+
+def _chunk(
+    head: nn.Module, x: Tensor, targets: Tensor, inputs: list[Tensor]
+) -> tuple[Tensor, list[Any]]:
+    """Loss of the rows x and its gradients for `inputs`; nothing else outlives the call."""
+    with torch.set_grad_enabled(bool(inputs)):
+        logits = head(x)
+    loss, dlogits = _loss_and_gradient(logits.detach(), targets, bool(inputs))
+    if not inputs:
+        return loss, []
+    # The backward pass of a product must not be cast once more.
+    with torch.autocast(x.device.type, enabled=False):
+        return loss, list(torch.autograd.grad(logits, inputs, dlogits, allow_unused=True))
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
