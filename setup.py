@@ -30,7 +30,7 @@ TORCH_TARGET = "0x020a000000000000"
 # isa.cpp chooses among the sets at run time. A new set is a line here and one in isa.cpp.
 X86 = ("x86_64", "amd64")
 ARM = ("aarch64", "arm64")
-_AVX512BW = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+_AVX512BW = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mbmi2"
 INSTRUCTION_SETS = {
     "avx512": (X86, f"{_AVX512BW} -mavx512vbmi -mavx512bf16"),
     "avx512bw": (X86, _AVX512BW),

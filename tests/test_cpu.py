@@ -116,9 +116,10 @@ def test_thread_count_changes_no_bit(m: int, n: int, k: int, dtype: torch.dtype,
 
 
 def test_products_agree_on_both_sides_of_every_threshold(isa: str) -> None:
-    # One row at a time, the first rows of any larger call must be the same within rounding.
+    # One row at a time, the first rows of any larger call must be the same within rounding
+    # (2^-18 where float32 x is two bfloat16 parts).
     w = random_quantized(96, 512, 256, "gaussian")
-    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         x = torch.randn(20, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
         truth = x.double() @ w.truth.T
         for m in range(1, 21):

@@ -34,6 +34,8 @@ struct FloatPanel {
 };
 
 #if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+
 struct Bf16Panel {
   using A = bf16;
   static constexpr int kWidth = 2;
@@ -60,6 +62,8 @@ struct Bf16Panel {
 template <class T>
 using PanelOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Panel, FloatPanel>;
 #else
+constexpr bool kHasBf16 = false;
+
 template <class T>
 using PanelOf = FloatPanel;
 #endif

@@ -56,12 +56,16 @@ Q8_INLINE void decode64(const Table& table, __m512i codes, __m512i* first, __m51
   *second = _mm512_unpackhi_epi8(low, high);
 }
 
-// Byte order that makes decode64 give entries 0-31 in `first` and 32-63 in `second`.
-alignas(64) constexpr uint8_t kOrder16[64] = {
-    0,  1,  2,  3,  4,  5,  6,  7,  32, 33, 34, 35, 36, 37, 38, 39,  //
-    8,  9,  10, 11, 12, 13, 14, 15, 40, 41, 42, 43, 44, 45, 46, 47,  //
-    16, 17, 18, 19, 20, 21, 22, 23, 48, 49, 50, 51, 52, 53, 54, 55,  //
-    24, 25, 26, 27, 28, 29, 30, 31, 56, 57, 58, 59, 60, 61, 62, 63};
+// The columns of 64 whose levels decode64 gives in `first` and `second`, in this order, as sets of
+// bits; and those of the even and odd entries of each.
+constexpr uint64_t kColumnsOf[2] = {0x00ff00ff00ff00ff, 0xff00ff00ff00ff00};
+constexpr uint64_t kColumnsOfFloats[4] = {0x0055005500550055, 0x00aa00aa00aa00aa,
+                                          0x5500550055005500, 0xaa00aa00aa00aa00};
+// Of two blocks of 32 that share a register of codes, each lies in one half of every register of
+// levels.
+Q8_INLINE __m512 two_scales(const float* scales) {
+  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
+}
 
 // Byte order after which the even 16-bit entries of `first` are levels 0-15, its odd ones levels
 // 16-31, and likewise for `second`: the order that widening to float32 by shifts wants.
@@ -75,9 +79,6 @@ Q8_INLINE __m512i reorder(const uint8_t (&order)[64], __m512i codes) {
   return _mm512_permutexvar_epi8(_mm512_load_si512(order), codes);
 }
 
-Q8_INLINE __m512i order16(__m512i codes) {
-  return reorder(kOrder16, codes);
-}
 Q8_INLINE __m512i order32(__m512i codes) {
   return reorder(kOrder32, codes);
 }
