@@ -14,6 +14,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from gptj_q8.generate import generate
+from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
 from gptj_q8.train.listener import Listener
@@ -115,10 +116,16 @@ def finetune(
         folder.check_new(output, overwrite)
     if model.device.type == "cpu" and model.dtype == torch.float16:
         raise ValueError("float16 trains on a GPU only; load the model in bfloat16 or float32")
+    if model.device.index:
+        raise ValueError(
+            f"training runs on the first GPU, not on {model.device}: hide others with "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
     listener.stage("Encoding")
     set_seed(settings.seed)
     model.eval()
+    save_memory(model)
     train_rows, held_out_rows, packed = _rows(model, tokenizer, documents, settings)
     name = name or str(model.name_or_path)
     model = _add_adapters(model, settings)
