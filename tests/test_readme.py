@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hivemind_layout
 import pytest
+from families import family
 from tiny import IDS, relative
 from transformers.models.gptj import modeling_gptj
 
@@ -38,3 +39,14 @@ def test_the_old_checkpoints_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
             exec(block.replace("hivemind/gpt-j-6B-8bit", str(folder)), names)
             loaded.append(names["model"](IDS).logits)
     assert relative(loaded[0], loaded[1]) < 1e-6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_other_models_python_runs(tmp_path: Path) -> None:
+    """On a tiny GPT-2 in the place of the one on the Hub."""
+    family("gpt2").save_pretrained(tmp_path)
+    (block,) = (block for block in blocks() if "openai-community/gpt2" in block)
+    names: dict[str, object] = {}
+    exec(block.replace("openai-community/gpt2", str(tmp_path)), names)
+    loss = names["model"](input_ids=IDS, labels=IDS).loss
+    loss.backward()
