@@ -216,11 +216,12 @@ class Q8HfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, metadata
         state = model.state_dict()
-        own_names = [name for name, _ in layers(model)]
-        guard, empty = stored.guard(own_names[0])
-        state[guard] = empty
-        rules = naming.keep_parts_whole(model, own_names)
-        self._float_rules = self._float_rules or rules
+        if own_names := [name for name, _ in layers(model)]:
+            guard, empty = stored.guard(own_names[0])
+            state[guard] = empty
+            rules = naming.keep_parts_whole(model, own_names)
+            if self._float_rules is None:
+                self._float_rules = rules
         return state, metadata
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -16,6 +16,7 @@ from tiny import IDS, QUICK, logits, relative
 from torch import nn
 
 import gptj_q8
+from gptj_q8 import convert
 from gptj_q8.checkpoint import convert_checkpoint
 from gptj_q8.config import Q8Config
 from gptj_q8.hf import layers
@@ -183,6 +184,30 @@ def test_layers_that_a_checkpoint_fuses(tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     assert set(fused) <= set(load_file(tmp_path / "plain" / "model.safetensors"))
     same_weights(load(model, tmp_path / "plain"), plain)
+    again = load(model, tmp_path / "stored").dequantize()
+    again.save_pretrained(tmp_path / "again")
+    same_weights(load(model, tmp_path / "again"), plain)
+
+
+def test_a_bias_that_is_missing_is_initialized(tmp_path):
+    """As Transformers does for a float layer; it must not be whatever memory held."""
+    model = gptj_q8.quantize_(family("codegen"), QUICK)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    assert state.pop("lm_head.bias").abs().sum() > 0
+    save_file(state, path, metadata={"format_version": "1"})
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.bias"}
+    assert torch.equal(again.lm_head.bias, torch.zeros(130))
+
+
+def test_a_model_whose_layers_were_all_replaced_still_saves(tmp_path):
+    """As merging adapters may do."""
+    model = gptj_q8.quantize_(family("llama"), QUICK)
+    convert.decode_layers(model)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
 
 
 # Mixtures of experts
