@@ -12,6 +12,7 @@ from gptj_q8.cli.errors import Settings, guarded
 from gptj_q8.cli.evaluate import evaluate_command
 from gptj_q8.cli.finetune import finetune_command
 from gptj_q8.cli.generate import generate_command
+from gptj_q8.cli.memory import memory_command
 from gptj_q8.cli.merge import merge_command
 from gptj_q8.cli.tune import tune_command
 
@@ -28,6 +29,7 @@ app.command("convert")(guarded(convert_command))
 app.command("generate")(guarded(generate_command))
 app.command("evaluate")(guarded(evaluate_command))
 app.command("finetune")(guarded(finetune_command))
+app.command("memory")(guarded(memory_command))
 app.command("merge")(guarded(merge_command))
 app.command("tune")(guarded(tune_command))
 
