@@ -1,7 +1,7 @@
-"""Makes the quantizer known to Transformers whenever, before or after, Transformers is imported.
+"""Makes our parts known to Transformers and PEFT whenever, before or after, they are imported.
 
-Transformers finds quantizers in a table, not by entry points, and takes over a second to import,
-so `import gptj_q8` must not import it. It leaves a hook behind instead.
+They find quantizers and layers in tables of theirs, not by entry points, and take over a second to
+import, so `import gptj_q8` must not import them. It leaves a hook behind for each instead.
 """
 
 import importlib
@@ -12,32 +12,41 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-_TABLE = "transformers.quantizers.auto"
+# Module to wait for -> module of ours that registers something there, and what is lost if it fails.
+_WAITING = {
+    "transformers.quantizers.auto": ("gptj_q8.hf", "from_pretrained will not load 8-bit models"),
+    "peft": ("gptj_q8.lora", "PEFT's adapters will not work on 8-bit layers"),
+}
 
 
 def register() -> None:
-    """Registers now if Transformers' table of quantizers is loaded, else as soon as it is."""
-    if _TABLE in sys.modules:
-        _import_quantizer()
-    elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Hook())
+    """Registers now where the other module is loaded, else as soon as it is."""
+    for name in _WAITING:
+        if name in sys.modules:
+            _import_ours(name)
+        elif not any(isinstance(finder, _Hook) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Hook(name))
 
 
-def _import_quantizer() -> None:
+def _import_ours(name: str) -> None:
+    ours, loss = _WAITING[name]
     try:
-        importlib.import_module("gptj_q8.hf")
-    except ImportError as error:
-        # Our modules and kernels work without Transformers' help, so leave its import in peace.
-        warnings.warn(f"gptj_q8: from_pretrained will not load 8-bit models: {error}", stacklevel=2)
+        importlib.import_module(ours)
+    except (ImportError, AttributeError) as error:
+        # Our modules and kernels work without their help, so leave their import in peace.
+        warnings.warn(f"gptj_q8: {loss}: {error}", stacklevel=2)
 
 
 class _Hook(importlib.abc.MetaPathFinder):
-    """Lets the other finders find the table, and runs `_import_quantizer` once it is loaded."""
+    """Lets the other finders find a module, and runs `_import_ours` once it is loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TABLE:
+        if fullname != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
@@ -50,7 +59,7 @@ class _Hook(importlib.abc.MetaPathFinder):
             load(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _import_quantizer()
+            _import_ours(self.name)
 
         # The loader was made for this one module, so changing it changes nothing else.
         setattr(spec.loader, "exec_module", load_and_register)  # noqa: B010

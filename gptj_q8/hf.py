@@ -53,6 +53,11 @@ class Q8HfQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        # Without adapters, too, Trainer may train what is float: norms and biases.
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 

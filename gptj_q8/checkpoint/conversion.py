@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
 from gptj_q8.checkpoint.rewriting import Rewriting
 from gptj_q8.checkpoint.shards import Entry, Shard, Writer, parse_size, plan
-from gptj_q8.checkpoint.source import COMPANIONS, empty_model, local_directory
+from gptj_q8.checkpoint.source import copy_companions, empty_model, local_directory
 from gptj_q8.codebooks import CODEBOOKS
 from gptj_q8.config import FORMAT_VERSION, Q8Config
 from gptj_q8.models import LEFTOVERS, RULES
@@ -89,9 +88,7 @@ def convert_checkpoint(
         writer.write(*job.guard)
         writer.close()
         job.model_config.save_pretrained(partial)
-        for pattern in COMPANIONS:
-            for path in filter(Path.is_file, directory.glob(pattern)):
-                shutil.copyfile(path, partial / path.name)
+        copy_companions(directory, partial)
         before = sum(path.stat().st_size for path in files)
         after = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     return job.report(before, after)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +74,13 @@ def refuse_unsafe(options: Mapping[str, Any]) -> None:
     """ValueError for weights_only=False, with which PyTorch would run what a pickle asks for."""
     if options.get("weights_only") is False:
         raise ValueError("from_pretrained: weights_only=False would run code from a checkpoint")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what goes along with the weights: tokenizer, generation settings, licence."""
+    for pattern in COMPANIONS:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
 
 
 def empty_model(directory: Path) -> tuple[Any, Any]:

@@ -124,7 +124,8 @@ def _holds_lazy(value: Any) -> bool:
 
 
 def _refuse(what: str) -> None:
-    raise RuntimeError(
+    # A RuntimeError too; PEFT, which compares addresses of tied weights, expects this one.
+    raise NotImplementedError(
         f"{what}: the weight of a quantized module is read-only, since it is decoded from 8-bit "
         "codes and a change would be lost; change module.dequantize() and build a new module of it"
     )
