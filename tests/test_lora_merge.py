@@ -86,6 +86,10 @@ def test_a_float_model_takes_the_adapter_too(float_dir: Path, base: Path, tmp_pa
     gptj_q8.merge(float_dir, adapter, tmp_path / "out", dtype=torch.float32)
     right = logits(adapted(float_dir, adapter))
     assert relative(logits(load(tmp_path / "out")), right) < 2e-3  # the source is float16
+    gptj_q8.merge(float_dir, adapter, tmp_path / "eight")
+    merged = load(tmp_path / "eight")
+    assert isinstance(merged.lm_head, Q8Linear)
+    assert relative(logits(merged), right) < 0.03
 
 
 def test_tied_embeddings_and_conv1d_merge(tmp_path: Path) -> None:

@@ -34,19 +34,23 @@ def merge_command(
 ) -> None:
     """Write MODEL with ADAPTER in its own weights: a model that needs no adapter.
 
-    The sum is taken in float32, which takes memory for MODEL in float32, and rounded once.
+    Each sum is taken in float32 and rounded once. Memory holds MODEL as it is stored.
 
     Example: `gptj-q8 merge demo out/proverbs --output out/merged`
     """
     with open_screen(json) as screen:
         with screen.working(f"Merging {adapter} into {model} ..."):
             load.quieten()
-            from gptj_q8.train.merge import merge
+            import torch
+
+            from gptj_q8.lora import merge
 
             load.check_adapter(adapter)
-            tokens = load.tokenizer(*filter(None, (tokenizer, model)))
-            network = load.model(model, "auto", load.device("cpu"))
-            merge(network, tokens, adapter, output, to, overwrite)
+            tokens = load.tokenizer(tokenizer) if tokenizer else None
+            dtype = None if to == "8bit" else getattr(torch, to)
+            merge(load.model_path(model), adapter, output, dtype=dtype, overwrite=overwrite)
+            if tokens is not None:
+                tokens.save_pretrained(output)
         size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         screen.say(f"The merged model is in {output}: {to}, {bytes_text(size)}.")
         screen.result(

@@ -20,6 +20,7 @@ from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.shards import Entry, Writer, parse_size, plan
 from gptj_q8.checkpoint.source import copy_companions, local_directory
 from gptj_q8.checkpoint.stored import PARTS
+from gptj_q8.convert import quantize_
 from gptj_q8.lora import refusals
 from gptj_q8.lora.layers import RequantizingLayer
 from gptj_q8.models.layers import Quantized
@@ -38,8 +39,8 @@ def merge(
     """Writes to `output` the model with the adapter's changes in its own weights, tokenizer too.
 
     model: a folder or Hub id, in 8 bits or float; adapter: a folder or Hub id, in PEFT's format.
-    dtype: None writes the kind of model that came in, where 8-bit weights are encoded anew with a
-    codebook fitted to each (0.6 % error at block 256, as at first); a float dtype writes a float
+    dtype: None writes an 8-bit model: each changed weight is encoded anew, with a codebook fitted
+    to it (0.6 % error at block 256); a float model takes `Q8Config()`. A float dtype writes a float
     model, each weight rounded once. Memory holds the model as it came and one decoded weight.
 
     `output` comes to be when everything is written; after any failure it is as it was.
@@ -56,16 +57,19 @@ def merge(
     with new_directory(target, overwrite) as folder:
         source = local_directory(os.fspath(model))
         base = load_as_stored(os.fspath(source))
-        kept = base.dtype
+        stored_dtype = base.dtype
         quantized = any(isinstance(module, Quantized) for module in base.modules())
-        if quantized:  # else trained norms and biases would be rounded to `kept` on their way in
+        if quantized:  # else trained norms and biases would be rounded on their way in
             base = base.to(torch.float32)
         tuned = _with_adapter(base, os.fspath(adapter))
         refusals.check_merge(tuned.base_model)
         if quantized and dtype is not None:
             _write_float(tuned, dtype, folder, shard_bytes)
         else:
-            merged = tuned.merge_and_unload(safe_merge=True).to(dtype or kept)
+            merged = tuned.merge_and_unload(safe_merge=True)
+            if dtype is None and not quantized:
+                merged = quantize_(merged)
+            merged.to(dtype or stored_dtype)
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(source, folder)
 

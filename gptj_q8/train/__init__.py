@@ -10,5 +10,4 @@
 | `trainer` | Transformers' Trainer with checkpoints that are whole or not there |
 | `plot` | the curves |
 | `run` | `finetune`, all of it in order |
-| `merge` | an adapter put into its model's own weights |
 """
