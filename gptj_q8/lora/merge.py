@@ -41,7 +41,8 @@ def merge(
     model: a folder or Hub id, in 8 bits or float; adapter: a folder or Hub id, in PEFT's format.
     dtype: None writes an 8-bit model: each changed weight is encoded anew, with a codebook fitted
     to it (0.6 % error at block 256); a float model takes `Q8Config()`. A float dtype writes a float
-    model, each weight rounded once. Memory holds the model as it came and one decoded weight.
+    model, each 8-bit weight rounded once. Memory holds the model, in 8 bits if it came so, and one
+    decoded weight.
 
     `output` comes to be when everything is written; after any failure it is as it was.
     FileExistsError as in `convert_checkpoint`; ValueError for an adapter that does not fit the
@@ -56,7 +57,7 @@ def merge(
         raise FileExistsError(f"{target} is what is to be merged; choose another place")
     with new_directory(target, overwrite) as folder:
         source = local_directory(os.fspath(model))
-        base = load_as_stored(os.fspath(source))
+        base = load_as_stored(os.fspath(source), dtype="auto" if dtype is None else dtype)
         stored_dtype = base.dtype
         quantized = any(isinstance(module, Quantized) for module in base.modules())
         if quantized:  # else trained norms and biases would be rounded on their way in
