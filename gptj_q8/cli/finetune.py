@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from gptj_q8.train.run import Report
 
 _USUAL = Settings()
+# Parameters. Smaller models gain little from threads, and on a busy machine they lose a hundredfold
+# to threads that wait for each other. An estimate, from the demo's model of 5.8 million.
+SMALL = 20_000_000
 _LINES = 20  # of progress, where no bar can be shown
 
 
@@ -140,6 +143,8 @@ def finetune_command(
     with open_screen(json) as screen:
         with screen.working(f"Loading {model} ..."):
             load.quieten()
+            import torch
+
             from gptj_q8.train import folder
             from gptj_q8.train.run import best_dtype, finetune
 
@@ -153,6 +158,8 @@ def finetune_command(
             tokens = load.tokenizer(*filter(None, (tokenizer, model)))
             chosen = str(best_dtype(on)).removeprefix("torch.") if dtype == "auto" else dtype
             network = load.trainable_model(model, chosen, on)
+            if on.type == "cpu" and network.num_parameters() < SMALL:
+                torch.set_num_threads(1)
         with screen.progress("Encoding") as update:
             report = finetune(
                 network,
