@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm lint format bench bench-cpu gpu clean
+.PHONY: venv demo test test-arm lint format bench bench-cpu gpu gpu-test gpu-bench clean
 
 venv: $(BUILT)
 
@@ -49,8 +49,15 @@ bench-cpu: venv
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # For a machine with a GPU and its Python packages but no network: uses that Python, not .venv.
+# Without a GPU: `make gpu ARGS="--device cpu --tiny" PYTHON=.venv/bin/python` tries the parts.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-test:
+	$(PYTHON) -m benchmarks.gpu --only build tests sanitizer $(ARGS)
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu --skip tests sanitizer $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info gptj_q8/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -41,12 +41,9 @@ def read_all(buffer: Tensor) -> Tensor:
 def measure(device: torch.device, tiny: bool) -> Iterator[tuple[str, float]]:
     """Name and value of each ceiling, in the unit that the name ends with."""
     nbytes = 2**16 if tiny else _buffer_bytes(device)
-    buffer = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     if device.type == "cpu":
-        yield "read_gb_per_s", nbytes / _seconds(device, lambda _: read_all(buffer)) / 1e9
-    target = torch.empty_like(buffer)
-    seconds = _seconds(device, lambda _: target.copy_(buffer))
-    yield "copy_gb_per_s", 2 * nbytes / seconds / 1e9
+        yield "read_gb_per_s", _read_gb_per_s(device, nbytes)
+    yield "copy_gb_per_s", _copy_gb_per_s(device, nbytes)
 
     generator = random_generator(device)
     side = TINY_SIDE if tiny else MATMUL_SIDE[device.type]
@@ -55,6 +52,26 @@ def measure(device: torch.device, tiny: bool) -> Iterator[tuple[str, float]]:
         seconds = _seconds(device, functools.partial(_multiply, a, b))
         name = dtype_name(dtype)
         yield f"matmul_{name}_tflop_per_s", 2 * side**3 / seconds / 1e12
+
+
+def stream_gb_per_s(device: torch.device, nbytes: int) -> float:
+    """What streaming weights is compared with: a read loop on a CPU, a copy on a GPU."""
+    return (_read_gb_per_s if device.type == "cpu" else _copy_gb_per_s)(device, nbytes)
+
+
+def _read_gb_per_s(device: torch.device, nbytes: int) -> float:
+    buffer = _random_bytes(device, nbytes)
+    return nbytes / _seconds(device, lambda _: read_all(buffer)) / 1e9
+
+
+def _copy_gb_per_s(device: torch.device, nbytes: int) -> float:
+    buffer = _random_bytes(device, nbytes)
+    target = torch.empty_like(buffer)
+    return 2 * nbytes / _seconds(device, lambda _: target.copy_(buffer)) / 1e9
+
+
+def _random_bytes(device: torch.device, nbytes: int) -> Tensor:
+    return torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
 
 
 def _buffer_bytes(device: torch.device) -> int:

@@ -2,80 +2,146 @@
 
     python -m benchmarks.gpu                          # what `make gpu` runs
     python -m benchmarks.gpu --only build tests       # some parts
-    python -m benchmarks.gpu --device cpu             # dry run: the same steps, tiny, on the CPU
+    python -m benchmarks.gpu --device cpu --tiny      # dry run: what of it a CPU can run
 
 Needs a GPU and its Python packages, and no network: it installs this package and nothing else.
 Each part is a process of its own with a time limit, so one that fails or hangs costs the others
-nothing; what it had measured by then is kept. Results go to benchmarks/results/<gpu>.json.
+nothing; what it had measured by then is kept. Prints tables and writes <gpu>.json and, where
+matplotlib is installed, <gpu>.png into benchmarks/results (a dry run: into out).
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 
-try:
-    import torch
-except ImportError:
-    sys.exit(
-        f"make gpu: {sys.executable} has no PyTorch; name a Python that has one for this GPU "
-        "with `make gpu PYTHON=...`"
-    )
-
-from benchmarks.machine import new_results, slug
 from benchmarks.parts import ROOT, Step, run_steps
-from benchmarks.report import print_parts, print_results
+from benchmarks.results import Results
 
 MINUTES = 9.0
 # Of the nine minutes, kept back for starting, for the summary, and for a part slow to die.
 MARGIN_S = 20.0
+ROWS = "1 2 4 8 16 32 64 128 256 512 1024 2048 4096"
 
 
-def steps(device: str) -> list[Step]:
-    """In order of worth: where time runs out, the last are cut."""
-    at = f"--device {device}" + (" --tiny" if device == "cpu" else "")
+def steps(device: str, tiny: bool) -> list[Step]:
+    """In order of worth: where time runs out, the last are cut.
+
+    The limits are estimates for a machine with 16 cores, from what stands beside each; none was
+    timed on a GPU. A benchmark stops by itself when three quarters of its limit are over.
+    """
+    at = f"--device {device}" + (" --tiny" if tiny else "")
+    products = f"benchmarks.bench_linear {at} --backend auto cuda triton slabs"
+    tests = "tests/test_static_cache.py" if tiny else "tests"
+    workers = "" if tiny or importlib.util.find_spec("xdist") is None else "-n 4"
     return [
-        _step("build", "pip install --no-build-isolation --no-deps --no-index --editable .", 130),
-        _step("ceilings", f"benchmarks.ceilings {at}", 30),
-        _step("tests", f"pytest tests -p no:cacheprovider --device {device}", 180),
-        _step("linear", f"benchmarks.bench_linear {at} --dtype float16 bfloat16", 80),
-        _step("gradient", f"benchmarks.bench_linear {at} --op linear_grad_input", 40),
-        _step("weights", f"benchmarks.bench_weights {at}", 30),
-        _step("adam", f"benchmarks.bench_adam {at} --dtype float32 bfloat16", 30),
+        # nvcc takes 9 s for the largest file and one GPU, g++ 25 s, on one core; all at once.
+        Step("build", _build(tiny), 60, 15),
+        _benchmark("ceilings", f"benchmarks.ceilings {at}", 15),
+        # Imports, some hundred tests, and about a second for each of 100 kernels in Triton.
+        Step("tests", _module(f"pytest {tests} {workers} --device {device}"), 120, 30),
+        # nvcc again, then some ten tiny products in each of two tools.
+        Step("sanitizer", _module("benchmarks.sanitizer"), 45, 15),
+        # 104 cases of eight systems: nine samples of 5 ms each, and half a second to compile.
+        _benchmark(
+            "linear",
+            f"{products} --dtype float16 bfloat16" + ("" if tiny else f" --m {ROWS}"),
+            90,
+        ),
+        # 16 such cases.
+        _benchmark(
+            "gradient",
+            f"{products} --op linear_grad_input" + ("" if tiny else " --m 1 64 512 4096"),
+            25,
+        ),
+        _benchmark("weights", f"benchmarks.bench_weights {at}", 20),
+        _benchmark("adam", f"benchmarks.bench_adam {at} --dtype float32 bfloat16", 15),
+        # For each of two systems 8 s of imports and 28 layers made; 64 tokens, of 20 ms at most.
+        _benchmark("decode", f"benchmarks.full_size {at}", 35),
+        # As many imports; 4 steps of 4 times 2048 tokens' products, half a second each.
+        _benchmark("finetune", f"benchmarks.lora_step {at}", 35),
+        # 28 layers through PyTorch's compiler.
+        _benchmark("compiled", f"benchmarks.full_size {at} --systems compiled", 40),
+        _tune(device),
     ]
 
 
 def main(argv: list[str]) -> int:
     start = time.monotonic()
     options = _parse(argv)
+    try:
+        import torch
+    except ImportError:
+        print(
+            f"make gpu: {sys.executable} has no PyTorch; name a Python that has one for this GPU "
+            "with `make gpu PYTHON=...`",
+            file=sys.stderr,
+        )
+        return 2
+    from benchmarks.machine import new_results, slug
+    from benchmarks.report import print_parts, print_results
+
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         print(
             f"make gpu: PyTorch {torch.__version__} sees no GPU here; run it on a machine with "
-            "one, or try the steps with `python -m benchmarks.gpu --device cpu`.",
+            "one, or try the parts with `python -m benchmarks.gpu --device cpu --tiny`.",
             file=sys.stderr,
         )
         return 2
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    out = options.out or ROOT / ("benchmarks/results" if on_gpu else "out")
+    out = options.out or ROOT / ("benchmarks/results" if on_gpu and not options.tiny else "out")
     path = out / f"{slug(device)}.json"
     results = new_results(device, "benchmarks.gpu", argv)
-    chosen = [s for s in steps(options.device) if not options.only or s.name in options.only]
+    chosen = [
+        step
+        for step in steps(options.device, options.tiny)
+        if step.name in (options.only or PARTS) and step.name not in options.skip
+    ]
     run_steps(chosen, results, path, start + 60 * options.minutes - MARGIN_S)
     print_results(results)
     print_parts(results)
-    print(f"Written to {os.path.relpath(path)}")
+    print(f"Written to {os.path.relpath(path)}{_plot(results, path.with_suffix('.png'))}")
     return 1 if any(part.status == "failed" for part in results.parts) else 0
 
 
-def _step(name: str, module: str, limit_s: int) -> Step:
-    """`python -m module`; a benchmark stops by itself a little before it would be killed."""
-    command = ("-m", *module.split())
-    measures = module.startswith("benchmarks.")
-    if measures:
-        command += ("--seconds", str(limit_s * 3 // 4))
-    return Step(name, command, limit_s, least_s=limit_s / 4, measures=measures)
+def _plot(results: Results, path: Path) -> str:
+    """Draws what can be drawn; what to add to the last line."""
+    from benchmarks.plot import plot
+
+    try:
+        plot(results, path)
+    except Exception as error:  # a figure is no reason to lose the numbers
+        return f"; no figure: {error}"
+    return f" and {path.name}"
+
+
+def _build(tiny: bool) -> tuple[str, ...]:
+    """A dry run compiles in place and leaves the Python that runs it as it is."""
+    if tiny:
+        return ("setup.py", "build_ext", "--inplace")
+    return _module("pip install --no-build-isolation --no-deps --no-index --editable .")
+
+
+def _tune(device: str) -> Step:
+    if device == "cpu":
+        return Step("tune", (), 0, 0, skip="finds the fastest tiles of Triton's kernels on a GPU")
+    return Step("tune", _module("gptj_q8 tune --seconds 12"), 20, 10)
+
+
+def _benchmark(name: str, module: str, limit_s: int) -> Step:
+    """It stops by itself a little before it would be killed."""
+    command = _module(f"{module} --seconds {limit_s * 3 // 4}")
+    return Step(name, command, limit_s, least_s=limit_s / 4, measures=True)
+
+
+def _module(arguments: str) -> tuple[str, ...]:
+    return ("-m", *arguments.split())
+
+
+PARTS = [step.name for step in steps("cuda", tiny=False)]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -84,9 +150,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [step.name for step in steps("cuda")]
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    made.add_argument("--only", nargs="+", choices=names, help="run these parts alone")
+    made.add_argument("--tiny", action="store_true", help="tiny shapes and models, a few tests")
+    made.add_argument("--only", nargs="+", choices=PARTS, help="run these parts alone")
+    made.add_argument("--skip", nargs="+", choices=PARTS, default=[], help="leave these parts out")
     made.add_argument("--minutes", type=float, default=MINUTES, help="the whole may take")
     made.add_argument("--out", type=Path, help="folder of the JSON, benchmarks/results on a GPU")
     return made.parse_args(argv)

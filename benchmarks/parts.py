@@ -25,15 +25,18 @@ ENVIRONMENT = {
 # Seconds that a process over its limit gets to clean up before it is killed.
 GRACE_S = 3.0
 NOTE_LENGTH = 160
+# A process that cannot do its part here ends with it, and says why in its last line.
+SKIPPED = 77
 
 
 @dataclass(frozen=True)
 class Step:
     """A part of a run.
 
-    command: arguments for Python.
+    command: arguments for Python; exit status SKIPPED means that it cannot run here.
     limit_s: seconds it may take; least_s: it is not begun with fewer left.
     measures: it takes --json FILE and leaves results there.
+    skip: why it is known not to run here, if it is.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Step:
     limit_s: float
     least_s: float
     measures: bool = False
+    skip: str = ""
 
 
 def run_steps(steps: list[Step], results: Results, path: Path, deadline: float) -> None:
@@ -48,16 +52,22 @@ def run_steps(steps: list[Step], results: Results, path: Path, deadline: float) 
     with tempfile.TemporaryDirectory() as folder:
         for step in steps:
             measured = Path(folder) / f"{step.name}.json"
-            results.parts.append(_run_step(step, measured, deadline - time.monotonic()))
+            part = _run_step(step, measured, deadline - time.monotonic())
+            results.parts.append(part)
             if measured.exists():  # also where the step failed later
-                results.extend(Results.read(measured))
+                try:
+                    results.extend(Results.read(measured))
+                except ValueError as error:
+                    part.status, part.note = "failed", f"its results are wrong: {error}"
             results.write(path)
 
 
 def _run_step(step: Step, measured: Path, left_s: float) -> Part:
     print(f"\n== {step.name} ==", flush=True)
+    note = step.skip
     if left_s < step.least_s:
         note = f"wants {step.least_s:.0f} s, {max(left_s, 0):.0f} s were left"
+    if note:
         print(f"skipped: {note}", flush=True)
         return Part(step.name, "skipped", 0.0, note)
     command = [sys.executable, *step.command]
@@ -68,6 +78,8 @@ def _run_step(step: Step, measured: Path, left_s: float) -> Part:
     seconds = time.monotonic() - begun
     if status is None:
         return Part(step.name, "failed", seconds, f"stopped after {limit:.0f} s; {last_line}")
+    if status == SKIPPED:
+        return Part(step.name, "skipped", seconds, last_line)
     if status:
         return Part(step.name, "failed", seconds, f"exit status {status}; {last_line}")
     return Part(step.name, "passed", seconds, "" if step.measures else last_line)

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness import Bench
-from benchmarks.results import Results, Row
+from benchmarks.results import Model, Results, Row
 
 # Redirected output is as wide as the table; rich would take 80 columns.
 WIDE = 160
@@ -40,6 +40,8 @@ def print_results(results: Results) -> None:
         console.print(f"{name} {value:.4g}")
     for (op, dtype, shape, n, k), rows in groupby(results.rows, _table_key):
         console.print(_table(f"{op} {shape} [{n}, {k}] {dtype}", list(rows)))
+    for task, models in groupby(results.models, lambda model: model.task):
+        console.print(_models_table(task, list(models)))
     for heading, notes in (("Skipped", results.skipped), ("FAILED", results.failed)):
         for note in notes:
             console.print(f"{heading}: {note.what}: {note.reason}", markup=False)
@@ -75,6 +77,18 @@ def _table(title: str, rows: list[Row]) -> Table:
     for m, of_m in groupby(rows, lambda row: row.m):
         cells = {row.system: _cell(row) for row in of_m}
         table.add_row("" if m is None else str(m), *(cells.get(name, "") for name in systems))
+    return table
+
+
+def _models_table(task: str, models: list[Model]) -> Table:
+    """One line for each figure, one column for each system."""
+    table = Table(title=f"full model: {task}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for model in models:
+        table.add_column(model.system, justify="right")
+    for name in dict.fromkeys(name for model in models for name in model.figures):
+        found = [model.figures.get(name) for model in models]
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in found))
     return table
 
 

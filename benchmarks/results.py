@@ -9,7 +9,7 @@ import math
 import os
 import types
 import typing
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,6 +71,15 @@ class Note:
 
 
 @dataclass
+class Model:
+    """A whole model at work. task: "decode" or "lora_step". A figure's name ends in its unit."""
+
+    task: str
+    system: str
+    figures: dict[str, float]
+
+
+@dataclass
 class Part:
     """One step of `make gpu`."""
 
@@ -92,12 +101,14 @@ class Results:
     skipped: list[Note] = field(default_factory=list)
     failed: list[Note] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    models: list[Model] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def extend(self, other: Self) -> None:
         """Takes over what another benchmark of the same run measured."""
         self.ceilings |= other.ceilings
         self.rows += other.rows
+        self.models += other.models
         self.skipped += [note for note in other.skipped if note not in self.skipped]
         self.failed += other.failed
 
@@ -162,6 +173,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         hints = typing.get_type_hints(hint)
+        # Files written before there was such a list lack it.
+        value = {f.name: [] for f in fields(hint) if f.name == "models"} | value
         if unmatched := sorted(hints.keys() ^ value.keys()):
             raise ValueError(f"{where}: fields missing or unknown: {', '.join(unmatched)}")
         return hint(**{key: _parse(hints[key], value[key], f"{where}.{key}") for key in hints})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +35,12 @@ def tune(
     block_size: int = 256,
     say: Callable[[str], object] = print,
     measure: Measure | None = None,
+    seconds: float = float("inf"),
 ) -> Path:
     """Times every candidate for each product, stores the winners and returns their file.
 
     A candidate that does not compile or does not fit is passed over. Says one line a product.
+    After so many seconds no further candidate is timed; few rows, which decoding has, come first.
     Raises RuntimeError where the Triton backend is unavailable.
     """
     if reason := backends.unavailable("triton"):
@@ -45,25 +49,30 @@ def tune(
 
     measure = measure or _graph_seconds
     best = dict(tuned.tuned_tiles(device))
-    for N, K in sides:
+    end = time.monotonic() + seconds
+    for M, (N, K) in itertools.product(rows, sides):
+        if time.monotonic() > end:
+            say(f"tune: stops before {N}x{K}, {M} rows: {seconds:.0f} s are over")
+            break
         weights = _weights(N, K, block_size, device)
-        for M in rows:
-            x = torch.randn(M, K, device=device).to(dtype)
-            times: dict[configs.Tiles, float] = {}
-            for tile in _candidates(configs.family_of(device), M):
-                call = functools.partial(_run, linear_with, tile, x, weights, block_size)
-                try:
-                    times[tile] = measure(call, len(weights))
-                except Exception as error:  # a compiler or a launch may fail in any way
-                    say(f"tune: passes over {tile}: {type(error).__name__}")
-            if times:
-                fastest = min(times, key=lambda tile: times[tile])
-                best[tuned.tuning_key(dtype, M, N, K)] = fastest
-                slowest = max(times.values()) / times[fastest]
-                say(
-                    f"tune: {N}x{K}, {M} rows: {times[fastest] * 1e6:.1f} us with {fastest}, the "
-                    f"slowest of {len(times)} takes {slowest:.2f} times that"
-                )
+        x = torch.randn(M, K, device=device).to(dtype)
+        times: dict[configs.Tiles, float] = {}
+        for tile in _candidates(configs.family_of(device), M):
+            if time.monotonic() > end:
+                break
+            call = functools.partial(_run, linear_with, tile, x, weights, block_size)
+            try:
+                times[tile] = measure(call, len(weights))
+            except Exception as error:  # a compiler or a launch may fail in any way
+                say(f"tune: passes over {tile}: {type(error).__name__}")
+        if times:
+            fastest = min(times, key=lambda tile: times[tile])
+            best[tuned.tuning_key(dtype, M, N, K)] = fastest
+            slowest = max(times.values()) / times[fastest]
+            say(
+                f"tune: {N}x{K}, {M} rows: {times[fastest] * 1e6:.1f} us with {fastest}, the "
+                f"slowest of {len(times)} takes {slowest:.2f} times that"
+            )
     return tuned.store_tuned(device, best)
 
 

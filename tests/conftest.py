@@ -18,11 +18,19 @@ if backends.load("triton").interpreted():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device the tests put their tensors on")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="of the tests' tensors; if not cpu, only tests that use it run",
+    )
     parser.addoption("--slow", action="store_true", help="also run what takes minutes or gigabytes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != "cpu":  # the others would show nothing new
+        others = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
     if config.getoption("--slow"):
         return
     for item in items:

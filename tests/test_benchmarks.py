@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, cpu, gpu
+from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, cpu
 from benchmarks.harness import Bench, Case, Check, System, UnavailableError
 from benchmarks.machine import new_results
-from benchmarks.parts import Step, run_steps
 from benchmarks.results import Results
 from benchmarks.timing import CudaClock, Timing, compare, speedup
 
@@ -289,38 +288,3 @@ def test_bench_cpu_runs_dry_and_draws(tmp_path: Path) -> None:
     assert cpu.main(["--tiny", "--json", str(path), "--systems", "gptj_q8", "torch"]) == 0
     assert {row.dtype for row in Results.read(path).rows} == {"bfloat16", "float32"}
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_parts_go_on_past_failures(tmp_path: Path) -> None:
-    def step(name: str, code: str, limit_s: float = 60, least_s: float = 0) -> Step:
-        return Step(name, ("-c", code), limit_s, least_s)
-
-    results = new_results(CPU, "benchmarks.gpu", [])
-    path = tmp_path / "results.json"
-    steps = [
-        step("good", "print('=== 3 passed ===')"),
-        step("bad", "print('lost in /some/where/file.py'); exit(3)"),
-        step("hangs", "import time; print('begun', flush=True); time.sleep(60)", limit_s=1),
-        step("late", "print('never')", least_s=1e6),
-    ]
-    run_steps(steps, results, path, deadline=float("inf"))
-    run_steps([step("too late", "")], results, path, deadline=0)
-    found = {part.name: (part.status, part.note) for part in Results.read(path).parts}
-    assert found["good"] == ("passed", "3 passed")
-    assert found["bad"] == ("failed", "exit status 3; lost in file.py")
-    assert found["hangs"] == ("failed", "stopped after 1 s; begun")
-    assert found["late"][0] == "passed"
-    assert found["too late"][0] == "skipped"
-
-
-def test_make_gpu_says_that_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "sees no GPU here" in capsys.readouterr().err
-
-
-def test_make_gpu_fits_its_nine_minutes() -> None:
-    limits = sum(step.limit_s for step in gpu.steps("cuda"))
-    assert limits <= gpu.MINUTES * 60 - gpu.MARGIN_S

@@ -61,6 +61,23 @@ def test_the_fastest_tiles_are_stored_and_used() -> None:
     torch.testing.assert_close(y.double(), x.double() @ w.truth.T, rtol=1e-2, atol=1e-2)
 
 
+def test_a_budget_of_seconds_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    timed: list[int] = []
+
+    def measure(call: Callable[[int], Any], weights: int) -> float:
+        now[0] += 2
+        timed.append(weights)
+        return 1.0
+
+    said: list[str] = []
+    tune(CPU, [(32, 256), (64, 256)], [1], say=said.append, measure=measure, seconds=3)
+    assert len(timed) == 2, "the second candidate began after 2 of 3 seconds, no third one after 4"
+    assert set(tuned.tuned_tiles(CPU)) == {tuned.tuning_key(torch.float16, 1, 32, 256)}
+    assert said[-1] == "tune: stops before 64x256, 1 rows: 3 s are over"
+
+
 @pytest.mark.parametrize("block_size", [32, 256])
 @pytest.mark.parametrize("m", [1, 4, 20])
 def test_any_tiles_give_the_product(m: int, block_size: int) -> None:

@@ -17,6 +17,10 @@ def tune_command(
         typer.Option(metavar="DTYPE", help="Arithmetic to tune for: float16 or bfloat16."),
     ] = "float16",
     device: options.Device = "auto",
+    seconds: Annotated[
+        float,
+        typer.Option(metavar="S", min=0, help="Try no further tiles after so long."),
+    ] = float("inf"),
     json: options.AsJson = False,
 ) -> None:
     """Find the fastest tiles of the Triton kernels on this GPU, and use them from now on.
@@ -34,6 +38,6 @@ def tune_command(
         reason = backends.unavailable("triton")
         if reason or on.type == "cpu":
             raise CliError(f"tune needs a GPU: {reason or 'the device is cpu'}")
-        path = tune(on, dtype=getattr(torch, dtype), say=screen.note)
+        path = tune(on, dtype=getattr(torch, dtype), say=screen.note, seconds=seconds)
         screen.say(f"Stored in {path}")
         screen.result({"device": str(on), "dtype": dtype, "file": str(path)})

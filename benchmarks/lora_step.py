@@ -1,0 +1,84 @@
+"""A LoRA step of GPT-J-6B at full size with random weights: its time and peak memory.
+
+    python -m benchmarks.lora_step --device cuda          # in 8 bits, and frozen in bfloat16
+
+Rank 16 on the six matrices of each block, adapters in float32, bfloat16 arithmetic, gradient
+checkpointing, AdamW8bit, one sequence of 2048 tokens. Each system in a process of its own.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.arguments import parser
+from benchmarks.full_size import GIGA, SYSTEMS, TINY_PROMPT, build, peak_memory, run_each
+
+TOKENS = 2048
+RANK = 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
+STEPS = 3
+
+
+def main(argv: list[str]) -> int:
+    made = parser("benchmarks.lora_step", __doc__)
+    made.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    made.add_argument("--tokens", type=int, default=TOKENS)
+    made.add_argument("--rank", type=int, default=RANK)
+    return run_each(made, "lora_step", measure, argv)
+
+
+def measure(system: str, options: argparse.Namespace) -> dict[str, float]:
+    """Builds one system and takes steps, here."""
+    from gptj_q8.optim import AdamW8bit
+
+    device, tokens = options.device, TINY_PROMPT if options.tiny else options.tokens
+    model = trainable(build(system, options.layers, device, tiny=options.tiny)[0], options.rank)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW8bit(trained, lr=1e-4)
+    ids = torch.arange(tokens, device=device)[None] * 7919 % model.config.vocab_size
+    losses: list[float] = []
+
+    def step() -> float:
+        begun = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # waits for the device
+        return time.perf_counter() - begun
+
+    with peak_memory(device) as peak:
+        first_s = step()
+        seconds = [step() for _ in range(STEPS)]
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"lora_step: the loss went from {losses[0]} to {losses[-1]}")
+    return {
+        "layers": options.layers,
+        "tokens": tokens,
+        "trained": sum(p.numel() for p in trained),
+        "first_step_s": first_s,
+        "step_s": statistics.median(seconds),
+        "tokens_per_s": tokens / statistics.median(seconds),
+        f"peak_{'gpu' if device.type == 'cuda' else 'rss_anon'}_gb": peak() / GIGA,
+    }
+
+
+def trainable(model: Any, rank: int) -> Any:
+    """The model with adapters in float32, saving what memory it can, ready to train."""
+    from peft import LoraConfig, get_peft_model
+
+    from gptj_q8 import save_memory
+
+    save_memory(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    config = LoraConfig(r=rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
