@@ -218,10 +218,18 @@ class Q8HfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, Any]:
         """Returns what save_pretrained writes."""
         metadata = {"format_version": str(FORMAT_VERSION)}
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return None, metadata
         state = model.state_dict()
-        if own_names := [name for name, _ in layers(model)]:
+        own_names = [name for name, _ in layers(model)]
+        if getattr(model, "_hf_peft_config_loaded", False):
+            # Adapters are written alone, but PEFT adds embeddings that have one.
+            frozen = {
+                f"{name}.{own}"
+                for name, layer in layers(model)
+                for own, tensor in layer.state_dict(keep_vars=True).items()
+                if not tensor.requires_grad
+            }
+            return {name: t for name, t in state.items() if name not in frozen}, metadata
+        if own_names:
             guard, empty = stored.guard(own_names[0])
             state[guard] = empty
             rules = naming.keep_parts_whole(model, own_names)

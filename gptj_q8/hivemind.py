@@ -167,6 +167,11 @@ class _InOldLayout(nn.Module):
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; reads checkpoints in the old layout, and no other."""
         refuse_unsafe(kwargs)
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: takes 8 bits as they are stored, so there is "
+                "nothing to configure; quantization_config is for gptj_q8.from_pretrained"
+            )
         with faults_named(name):
             return super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
 
@@ -188,7 +193,7 @@ class _InOldLayout(nn.Module):
                 "gptj_q8.from_pretrained"
             )
         old.check(entries)
-        old.check_model(entries, model, lambda module: isinstance(module, FrozenWeight))
+        old.check_model(entries, model, FrozenWeight)
         for adapter in adapters.find(entries, model):
             has_dropout = adapter.second.endswith(".2.weight")
             module = model.get_submodule(adapter.module)

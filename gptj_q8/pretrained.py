@@ -1,6 +1,8 @@
 """Loads a model in 8 bits, in whatever form it is stored."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from gptj_q8.checkpoint import old, stored
@@ -34,6 +36,8 @@ def from_pretrained(
     Checkpoints of the hivemind/gpt-j-6B-8bit family keep their codes, scales and tables; adapters
     in them are attached as PEFT's. For other models `import gptj_q8` and
     `AutoModel...from_pretrained` do as well.
+    name_or_path: a directory or a Hub id; of a directory that `save_pretrained` filled with
+    adapters, the model is loaded that they were trained on, and they in the place of its own.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
     attn_implementation: "sdpa" (which Transformers lacks for GPT-J) unless "eager" is asked for.
     Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
@@ -42,6 +46,12 @@ def from_pretrained(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_unsafe(kwargs)
+    if (base := _base_of_adapter(Path(name_or_path))) is not None:
+        loaded = from_pretrained(
+            base, *model_args, quantization_config=quantization_config, **kwargs
+        )
+        _load_adapter(loaded[0] if isinstance(loaded, tuple) else loaded, name_or_path)
+        return loaded
     config = kwargs.get("config")
     if config is None or isinstance(config, str | os.PathLike):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -58,6 +68,23 @@ def from_pretrained(
         kwargs["attn_implementation"] = own_sdpa(config.model_type) or attention
     with faults_named(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
+
+
+def _base_of_adapter(directory: Path) -> str | None:
+    """Where the model of the adapter in `directory` is; None if that holds a model, or nothing."""
+    path = directory / "adapter_config.json"
+    if not path.exists() or (directory / "config.json").exists():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path}: does not say which model the adapter is for")
+    return str(base)
+
+
+def _load_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model.delete_adapter(model.active_adapters())
+    model.load_adapter(str(directory), is_trainable=True)
 
 
 def load_as_stored(name: str, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import hivemind_layout as old
 import pytest
 import torch
-from tiny import contents, gpt2, gptj
+from tiny import contents, gpt2, gptj, logits, relative
 from transformers import GPTJForCausalLM
 
 import gptj_q8
@@ -94,7 +94,7 @@ NAME = "transformer.h.1.mlp.fc_in"
         (
             lambda s: [s.pop(f"{NAME}.{part}") for part in ("weight", "absmax", "code")],
             ValueError,
-            rf"lacks {NAME}\.weight, which GPTJForCausalLM needs",
+            rf"lacks (8-bit )?{NAME}\.weight, which GPTJForCausalLM needs",
         ),
     ],
 )
@@ -211,6 +211,29 @@ def test_what_is_asked_of_8_bits_that_are_there(tmp_path):
         convert_checkpoint(tmp_path / "old", tmp_path / "new", config)
 
 
+def test_where_the_old_modules_find_no_8_bits(tmp_path):
+    """They hold nothing else: a float or missing head would be random. Ours take the float one."""
+    state = old.state_dict()
+    parts = [state.pop(f"lm_head.{part}") for part in ("weight", "absmax", "code")]
+    message = r"pytorch_model\.bin: lacks 8-bit lm_head\.weight, which GPTJForCausalLM needs"
+    with pytest.raises(ValueError, match=message):
+        hivemind.GPTJForCausalLM.from_pretrained(old.write(tmp_path / "none", state))
+    state["lm_head.weight"] = old.decode(*parts)
+    old.write(tmp_path / "float", state)
+    with pytest.raises(ValueError, match=message):
+        hivemind.GPTJForCausalLM.from_pretrained(tmp_path / "float")
+    expected = old.old_logits(old.state_dict())
+    assert relative(logits(gptj_q8.from_pretrained(tmp_path / "float")), expected) < 1e-6
+    convert_checkpoint(tmp_path / "float", tmp_path / "new")
+    assert relative(logits(gptj_q8.from_pretrained(tmp_path / "new")), expected) < 1e-6
+
+
+def test_old_modules_take_no_configuration(tmp_path):
+    path = old.write(tmp_path / "old", old.state_dict())
+    with pytest.raises(ValueError, match=r"GPTJForCausalLM\.from_pretrained: .* nothing to config"):
+        hivemind.GPTJForCausalLM.from_pretrained(path, quantization_config=Q8Config())
+
+
 # Files
 
 
@@ -303,6 +326,28 @@ def test_a_pickle_of_something_else(tmp_path, read):
     torch.save([torch.zeros(3)], path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: .* holds no state dict but a list"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda s: {"state_dict": s, "epoch": 3}, "it holds no tensors but 'state_dict', 'epoch'"),
+        (lambda s: {**s, 3: torch.zeros(1)}, "it holds a tensor whose name is no text but 3"),
+    ],
+)
+def test_a_pickle_with_other_names(tmp_path, read, wrap, message):
+    path = old.write(tmp_path / "old", old.state_dict())
+    torch.save(wrap(old.state_dict()), path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin: .*{message}"):
+        read(path)
+
+
+def test_a_dtype_that_cannot_be_copied(tmp_path):
+    state = {**old.state_dict(), "more": torch.zeros(3, dtype=torch.complex64)}
+    old.write(tmp_path / "old", state)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: more is of a dtype that gptj_q8"):
+        convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_noise(tmp_path, read):

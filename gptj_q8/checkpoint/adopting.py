@@ -46,7 +46,10 @@ class Adopting:
         return [rf"{re.escape(name)}$" for name in self._stored if old.is_dropped(name)]
 
     def finish(self, model: Any) -> None:
-        """Does what renaming does not, once the model is loaded."""
+        """Does what renaming does not, once the model is loaded.
+
+        ValueError if a layer that has an adapter was offloaded to the disk.
+        """
         # Transformers would rename the tensors back when it saves the model.
         model._weight_conversions = [
             each for each in model._weight_conversions if each not in self.renamings
@@ -55,6 +58,7 @@ class Adopting:
             if isinstance(layer, Quantized):
                 _finish_layer(layer)
         if self._adapters:
+            self._refuse_on_disk(model)
             files = {self._stored[each.first].file for each in self._adapters}
             files |= {self._stored[each.second].file for each in self._adapters}
             shards = {file: Shard(file) for file in files}
@@ -63,6 +67,16 @@ class Adopting:
                 self._adapters, lambda name: shards[self._stored[name].file].read(name)
             )
             adapters.attach(model, config, state)
+
+    def _refuse_on_disk(self, model: Any) -> None:
+        # Offloaded data is looked up by the names that layers have before PEFT wraps them.
+        for each in self._adapters:
+            if model.get_submodule(each.module).codes.is_meta:
+                raise ValueError(
+                    f"{self._stored[each.first].file}: {each.first} is an adapter for a layer "
+                    'that device_map puts on the "disk"; rewrite the checkpoint first '
+                    "(gptj-q8 convert), which takes its adapters out"
+                )
 
 
 def _finish_layer(layer: Quantized) -> None:

@@ -6,7 +6,7 @@ adapters where the model was fine-tuned (see `adapters.py`).
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,18 +67,19 @@ def is_leftover(name: str) -> bool:
     return any(re.search(pattern, name) for pattern in LEFTOVERS)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return stand_in(type(module)) is not None
-
-
 def check_model(
-    entries: Mapping[str, Entry], model: Any, is_layer: Callable[[nn.Module], bool] = _is_layer
+    entries: Mapping[str, Entry], model: Any, shells: type[nn.Module] | None = None
 ) -> None:
-    """ValueError unless the checkpoint is one of this model; another head may be missing.
+    """ValueError unless the checkpoint is one of this model.
 
-    entries: as stored. model: a Transformers model without data. is_layer: whether a module of it
-    must have a matrix in the checkpoint.
+    entries: as stored. model: a Transformers model without data; what of it is neither there nor
+    in the body, such as another head, is for Transformers to make. shells: the class of the
+    model's modules that hold 8 bits or nothing, so that all of them must be there.
     """
+
+    def is_layer(module: nn.Module) -> bool:
+        return isinstance(module, shells) if shells else stand_in(type(module)) is not None
+
     prefix = model.base_model_prefix
     modules = dict(model.named_modules())
     quantized = set(quantized_names(entries))
@@ -98,6 +99,9 @@ def check_model(
         base = naming.base_name(name, prefix, "weight", known)
         if base in quantized:
             stored.check_shape(entries, f"{base}.weight", module.weight.shape)
-        elif base is None and name.startswith(in_model):
-            file = next(iter(entries.values())).file
-            raise ValueError(f"{file}: lacks {name}.weight, which {type(model).__name__} needs")
+        elif shells or (base is None and name.startswith(in_model)):
+            file = entries[f"{base}.weight"].file if base else next(iter(entries.values())).file
+            raise ValueError(
+                f"{file}: lacks {'8-bit ' if shells else ''}{name}.weight, "
+                f"which {type(model).__name__} needs"
+            )

@@ -83,7 +83,7 @@ class Shard:
             with self._damage_named():
                 tensors = _tensors(torch.load(self.path, map_location="meta", weights_only=True))
             return {
-                name: Entry(tensor.dtype, tuple(tensor.shape), file)
+                name: Entry(_known(tensor.dtype), tuple(tensor.shape), file)
                 for name, tensor in tensors.items()
             }
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
@@ -129,7 +129,12 @@ def _tensors(state: object) -> dict[str, Tensor]:
     """The tensors of what a pickle held."""
     if not isinstance(state, Mapping):
         raise RuntimeError(f"it holds no state dict but a {type(state).__name__}")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    found = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if unnamed := [name for name in found if not isinstance(name, str)]:
+        raise RuntimeError(f"it holds a tensor whose name is no text but {unnamed[0]!r}")
+    if state and not found:  # such as a state dict within a dict
+        raise RuntimeError(f"it holds no tensors but {', '.join(map(repr, list(state)[:3]))}")
+    return found
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -192,11 +197,11 @@ class Writer:
         offsets = {}
         end = 0
         # Widest first, as safetensors' own writer has it, so that every tensor is aligned.
-        for name, entry in sorted(entries.items(), key=lambda item: -_itemsize(item[1])):
+        for name, entry in sorted(entries.items(), key=lambda item: -_dtype(*item).itemsize):
             offsets[name] = end
             end += entry.bytes
             header[name] = {
-                "dtype": _NAMES[_dtype(entry)],
+                "dtype": _NAMES[_dtype(name, entry)],
                 "shape": list(entry.shape),
                 "data_offsets": [offsets[name], end],
             }
@@ -239,14 +244,14 @@ def _check_space(directory: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, message, str(directory))
 
 
-def _dtype(entry: Entry) -> torch.dtype:
+def _known(dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if dtype in _NAMES else None
+
+
+def _dtype(name: str, entry: Entry) -> torch.dtype:
     if entry.dtype is None:
-        raise ValueError(f"{entry.file}: holds a dtype that gptj_q8 cannot copy")
+        raise ValueError(f"{entry.file}: {name} is of a dtype that gptj_q8 cannot copy")
     return entry.dtype
-
-
-def _itemsize(entry: Entry) -> int:
-    return _dtype(entry).itemsize
 
 
 def parse_size(size: int | str) -> int:
