@@ -311,6 +311,32 @@ def test_large_models_compute_activations_again(
     assert losses == pytest.approx([loss for _, loss in whole[0].losses], rel=1e-4)
 
 
+def test_biases_and_norms_train_and_come_back(
+    tune: Any, tmp_path: Path, source: Path, tokenizer: Any
+) -> None:
+    settings = Settings(**{**vars(SETTINGS), "train_1d": True, "dropout": 0.0})
+    assert not tune(settings=settings, listener=StopAt(5)).finished
+    resumed = tune(settings=settings, resume=True)
+    straight = tune(settings=settings, output=tmp_path / "straight")
+    assert resumed.losses == straight.losses
+    base = load(source)
+    row = torch.tensor(tokenizer("gato y gato").input_ids)[None]
+    norm = base.transformer.h[0].ln_1.weight.clone()
+    tuned = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    norms = dict(tuned.named_parameters())
+    (mine,) = [
+        p
+        for name, p in norms.items()
+        if "h.0.ln_1.modules_to_save" in name and name.endswith("weight")
+    ]
+    assert not torch.equal(mine, norm)
+    with torch.no_grad():
+        assert (
+            tuned(input_ids=row, labels=row).loss
+            < 0.5 * load(source)(input_ids=row, labels=row).loss
+        )
+
+
 def test_smoothing_is_a_mean_of_neighbours() -> None:
     assert smoothed([0.0, 3.0, 6.0]) == [1.5, 3.0, 4.5]
     assert smoothed([5.0]) == [5.0]

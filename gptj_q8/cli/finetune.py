@@ -60,6 +60,9 @@ def finetune_command(
             show_default="all matrices of all blocks",
         ),
     ] = None,
+    train_1d: Annotated[
+        bool, typer.Option("--train-1d", metavar="", help="Train biases and norms, too.")
+    ] = False,
     learning_rate: Annotated[
         float,
         typer.Option("--learning-rate", "--lr", metavar="LR", help="At its peak."),
@@ -131,6 +134,7 @@ def finetune_command(
         alpha=alpha,
         dropout=dropout,
         targets=tuple(target) if target else "all",
+        train_1d=train_1d,
         learning_rate=learning_rate,
         epochs=epochs,
         max_steps=max_steps,
@@ -203,6 +207,9 @@ class ScreenListener(Listener):
 
     def stage(self, text: str) -> None:
         self._update(*self._done, text)
+
+    def prepared(self, summary: str) -> None:
+        self._screen.note(summary)
 
     def step(self, step: int, steps: int, loss: float, rate: float, tokens: float) -> None:
         self._done = (step, steps)

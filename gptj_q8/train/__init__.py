@@ -8,6 +8,7 @@
 | `folder` | the run's folder: what it holds, whether a run may go on in it |
 | `listener` | who is told how it goes |
 | `trainer` | Transformers' Trainer with checkpoints that are whole or not there |
+| `samples` | what the model writes before and after |
 | `plot` | the curves |
 | `run` | `finetune`, all of it in order |
 """

@@ -7,6 +7,9 @@ class Listener:
     def stage(self, text: str) -> None:
         """A part of the run begins."""
 
+    def prepared(self, summary: str) -> None:
+        """The adapters are there; in a few lines what trains, and what that costs."""
+
     def step(self, step: int, steps: int, loss: float, rate: float, tokens: float) -> None:
         """An optimizer step is done: mean loss in nats, learning rate, tokens per second."""
 

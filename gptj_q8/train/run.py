@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from gptj_q8.generate import generate
+from gptj_q8.lora.add import add_lora
+from gptj_q8.lora.prepare import prepare_for_finetuning, summary
 from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
 from gptj_q8.train.listener import Listener
 from gptj_q8.train.packing import Piece, Rows, collate, encode, keeps_apart
 from gptj_q8.train.plot import plot_run
+from gptj_q8.train.samples import Sample, beginnings, sample
 from gptj_q8.train.settings import Settings
 from gptj_q8.train.texts import Document, hold_out
 from gptj_q8.train.trainer import Q8Trainer, Watcher
@@ -30,17 +32,6 @@ TOKENS_AT_ONCE = 2048
 # again in the backward pass, a third more work; below, all that is kept is small beside a process.
 # An estimate: float32 GPT-J blocks of 10^8 numbers in all keep some 1.5 GB for 2048 tokens.
 CHECKPOINT_ABOVE = 100_000_000
-SAMPLE_TOKENS = 60
-PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model made of a prompt before it learned and after."""
-
-    prompt: str
-    before: str
-    after: str
 
 
 @dataclass(frozen=True)
@@ -129,6 +120,7 @@ def finetune(
     train_rows, held_out_rows, packed = _rows(model, tokenizer, documents, settings)
     name = name or str(model.name_or_path)
     model = _add_adapters(model, settings)
+    listener.prepared(summary(model))
 
     record = folder.Record(
         model=name,
@@ -141,7 +133,7 @@ def finetune(
         before = folder.check_same(output, record).samples
     else:
         listener.stage("Sampling")
-        before = _sample(model, tokenizer, prompts or _prompts(documents, settings), settings.seed)
+        before = sample(model, tokenizer, prompts or beginnings(documents, settings), settings.seed)
         folder.begin(output, folder.Record(**{**vars(record), "samples": before}))
 
     watcher = Watcher(listener, _tokens_per_step(train_rows, settings))
@@ -163,8 +155,8 @@ def finetune(
     samples: list[Sample] = []
     if finished:
         listener.stage("Sampling")
-        after = _sample(model, tokenizer, list(before), settings.seed)
-        samples = [Sample(prompt, before[prompt], after[prompt]) for prompt in before]
+        after = sample(model, tokenizer, list(before), settings.seed)
+        samples = [Sample(prompt, text, after[prompt]) for prompt, text in before.items()]
         with folder.put_whole(output, "adapter") as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -236,41 +228,13 @@ def _digest(rows: Sequence[Sequence[Piece]]) -> str:
 
 
 def _add_adapters(model: Any, settings: Settings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = "all-linear" if settings.targets == "all" else list(settings.targets)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
+    model = add_lora(
+        model, settings.rank, settings.alpha, settings.targets, dropout=settings.dropout
     )
-    return get_peft_model(model, config)
-
-
-def _prompts(documents: Sequence[Document], settings: Settings) -> list[str]:
-    """Beginnings of held-out texts, or of others where none is held out."""
-    train, held_out = hold_out(documents, settings.held_out, settings.seed)
-    found: list[str] = []
-    for document in held_out or train:
-        if document.prompt:
-            found.append(document.prompt)
-        lines = document.text.split("\n") if not document.prompt else []
-        found += [" ".join(line.split()[:3]) for line in lines if len(line.split()) > 3]
-    found = list(dict.fromkeys(found)) or [documents[0].text[:20]]
-    return found[:: max(1, len(found) // PROMPTS)][:PROMPTS]
-
-
-def _sample(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int) -> dict[str, str]:
-    model.eval()
-    made = {}
-    devices = [model.device] if model.device.type == "cuda" else []
-    for prompt in prompts:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            made[prompt] = generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS).text
-    return made
+    prepare_for_finetuning(model, settings.train_1d, verbose=False)
+    if model.get_nb_trainable_parameters()[1] <= CHECKPOINT_ABOVE:
+        model.gradient_checkpointing_disable()
+    return model
 
 
 def _at_once(length: int, batch_size: int) -> int:
@@ -307,8 +271,6 @@ def _trainer(
         warmup_steps=math.ceil(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=model.get_nb_trainable_parameters()[1] > CHECKPOINT_ABOVE,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         eval_strategy="steps" if held_out_rows else "no",
