@@ -9,6 +9,7 @@ torch.ops.load_library, so one file serves Python 3.11 and newer and PyTorch 2.1
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,7 +53,9 @@ class NotBuiltError(Exception):
 
 
 class Library(Extension):
-    """A shared library that knows how to build itself."""
+    """A shared library that knows how to build itself. instead: what runs without it."""
+
+    instead: str
 
     def __init__(self, name: str, folders: list[str]) -> None:
         files = [f for folder in folders for f in sorted((ROOT / folder).iterdir())]
@@ -71,6 +74,8 @@ class Library(Extension):
 
 
 class CpuLibrary(Library):
+    instead = "slower, in plain PyTorch"
+
     def build(self, folder: Path, target: Path) -> None:
         torch = torch_folder()
         machine = platform.machine().lower()
@@ -105,6 +110,87 @@ class CpuLibrary(Library):
         run(cxx(), "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target))
 
 
+class CudaLibrary(Library):
+    """Compiled for the architectures in GPTJ_Q8_CUDA_ARCHS, such as "75 80 90a" as nvcc names them
+    after sm_; without that for the GPUs that PyTorch sees here, and not at all where it sees none.
+    """
+
+    instead = "on a GPU with Triton"
+
+    def build(self, folder: Path, target: Path) -> None:
+        nvcc = find_nvcc()
+        archs = cuda_archs()
+        torch = torch_folder()
+        say(f"gptj_q8: compiling the CUDA library for {', '.join(f'sm_{arch}' for arch in archs)}.")
+        host = f"-fPIC,-fvisibility=hidden,-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        # A newer GPU than all of these compiles what runs on any (90a runs on nothing else).
+        newest = max((a for a in archs if a.isdigit()), key=int, default=None)
+        if newest is not None:
+            codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+
+        def compile_one(source: str) -> str:
+            built = str(folder / Path(source).with_suffix(".o").name)
+            flags = [
+                "-std=c++17",
+                "-O3",
+                "-Icsrc",
+                "-Xcompiler",
+                host,
+                "-isystem",
+                f"{torch}/include",
+            ]
+            run(
+                [nvcc],
+                *flags,
+                *(codes if source.endswith(".cu") else []),
+                "-c",
+                source,
+                "-o",
+                built,
+            )
+            return built
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, self.sources))
+        # PyTorch's CUDA part is named where it is here, so that the loader finds the stream there.
+        cuda_part = ["-ltorch_cuda"] if (torch / "lib" / "libtorch_cuda.so").exists() else []
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *cuda_part]
+        run([nvcc], "-shared", "-cudart", "static", *objects, *libraries, "-o", str(target))
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if found is None:
+        raise NotBuiltError(f"no nvcc on the PATH or in {home}/bin (CUDA_HOME chooses)")
+    return found
+
+
+def cuda_archs() -> list[str]:
+    """From GPTJ_Q8_CUDA_ARCHS, else of the GPUs that PyTorch sees."""
+    if chosen := os.environ.get("GPTJ_Q8_CUDA_ARCHS", "").replace(",", " ").split():
+        wrong = [arch for arch in chosen if not re.fullmatch(r"\d{2,3}[a-z]?", arch)]
+        if wrong:
+            raise NotBuiltError(
+                f"GPTJ_Q8_CUDA_ARCHS has {wrong[0]!r}; write numbers as in sm_90a: 75 80 90a"
+            )
+        return chosen
+    question = (
+        "import torch; n = torch.cuda.device_count() if torch.version.cuda else 0; "
+        "print(*{'%d%d' % torch.cuda.get_device_capability(i) for i in range(n)})"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", question], text=True, capture_output=True, check=False
+    )
+    seen = sorted(asked.stdout.split(), key=int) if asked.returncode == 0 else []
+    if not seen:
+        raise NotBuiltError(
+            'PyTorch sees no NVIDIA GPU here (GPTJ_Q8_CUDA_ARCHS="80 90" builds for others)'
+        )
+    return seen
+
+
 def cxx() -> list[str]:
     """CXX where it is set, else the compiler that Python was built with if it is here, else c++."""
     if chosen := os.environ.get("CXX"):
@@ -120,7 +206,7 @@ def run(compiler: list[str], *arguments: str) -> None:
     if done.stdout or done.stderr:
         say(done.stdout + done.stderr)
     if done.returncode != 0:
-        source = next((a for a in arguments if a.endswith(".cpp")), "linking")
+        source = next((a for a in arguments if a.endswith((".cpp", ".cu"))), "linking")
         raise NotBuiltError(f"{compiler[0]} failed ({source}; its message stands above)")
 
 
@@ -160,12 +246,14 @@ class BuildLibraries(build_ext):
                 stale.unlink(missing_ok=True)
             say(
                 f"gptj_q8: {ext.name} was not built: {error}."
-                " The package works without it, slower, in plain PyTorch."
+                f" The package works without it, {ext.instead}."
             )
 
 
-# The CUDA library joins this list as a second Library with a build of its own.
-LIBRARIES = [CpuLibrary("gptj_q8._cpu", ["csrc/common", "csrc/cpu"])]
+LIBRARIES = [
+    CpuLibrary("gptj_q8._cpu", ["csrc/common", "csrc/cpu"]),
+    CudaLibrary("gptj_q8._cuda", ["csrc/common", "csrc/cuda"]),
+]
 
 if __name__ == "__main__":
     setup(
