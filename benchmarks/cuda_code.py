@@ -1,19 +1,27 @@
-"""The CUDA kernels compiled by nvcc for GPUs that are not here, and their machine code."""
+"""The CUDA kernels compiled by nvcc for GPUs that are not here, and their machine code.
+
+Each file of csrc/cuda is compiled alone, once for each state of the sources, into build/cuda_code.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu_code import Code, find, parse, run_tool
 
 ROOT = Path(__file__).parent.parent
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+CUDA = ROOT / "csrc" / "cuda"
+OPS = sorted(path.stem for path in CUDA.glob("*.cu"))
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+_COMPILE = ("nvcc", "-std=c++17", "-O3", "-Icsrc", "-Werror", "all-warnings", "-cubin")
 
 
 def missing_tools() -> str | None:
@@ -23,18 +31,39 @@ def missing_tools() -> str | None:
 
 
 @functools.cache
+def compile_all() -> Mapping[tuple[str, str], Path]:
+    """The compiled file of each op and architecture. CalledProcessError where one fails."""
+    state = hashlib.sha256(" ".join(_COMPILE).encode())
+    state.update(subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout)
+    for file in sorted([*CUDA.iterdir(), *(ROOT / "csrc" / "common").iterdir()]):
+        state.update(file.name.encode() + file.read_bytes())
+    folder = ROOT / "build" / "cuda_code" / state.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    cubins = {(op, arch): folder / f"{op}.{arch}.cubin" for op in OPS for arch in ARCHS}
+
+    def compile_one(which: tuple[str, str]) -> None:
+        op, arch = which
+        part = str(folder / f"{op}.{arch}.part")
+        command = [*_COMPILE, f"-arch={arch}", "-o", part, f"csrc/cuda/{op}.cu"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        os.replace(part, cubins[which])
+
+    missing = [which for which, cubin in cubins.items() if not cubin.exists()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, missing))
+    return cubins
+
+
+@functools.cache
 def kernels(op: str, arch: str) -> Mapping[str, Code]:
     """The kernels of csrc/cuda/<op>.cu for an architecture, by name and template arguments.
 
     Names are such as "linear_few_rows_kernel<f16, 1>". `loop` is the innermost loop that looks a
     level up; threads is 1, so that per_weight counts a lane's instructions and weights.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / f"{op}.cubin")
-        command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch={arch}", "-cubin", "-o", cubin]
-        subprocess.run([*command, f"csrc/cuda/{op}.cu"], cwd=ROOT, check=True)
-        text = run_tool("nvdisasm", "-c", cubin)
-        usage = run_tool("cuobjdump", "-res-usage", cubin)
+    cubin = str(compile_all()[op, arch])
+    text = run_tool("nvdisasm", "-c", cubin)
+    usage = run_tool("cuobjdump", "-res-usage", cubin)
     found = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
         mangled = find(r"^(\w+)", section)
@@ -42,11 +71,12 @@ def kernels(op: str, arch: str) -> Mapping[str, Code]:
         ops, jumps = parse(section)
         local = int(find(r"STACK:(\d+)", mine)) + int(find(r"LOCAL:(\d+)", mine))
         registers = int(find(r"REG:(\d+)", mine))
-        found[_name(mangled)] = Code(ops, _inner_loop(ops, jumps), 0, registers, local, 1)
+        found[plain_name(mangled)] = Code(ops, _inner_loop(ops, jumps), 0, registers, local, 1)
     return found
 
 
-def _name(mangled: str) -> str:
+def plain_name(mangled: str) -> str:
+    """A mangled name as above."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     return re.sub(r"^void |gptj_q8::(cuda::)?|\(.*", "", plain.strip())
 

@@ -1,16 +1,18 @@
-"""The CUDA products compiled for every architecture, and a lint of their machine code."""
+"""The CUDA kernels compiled for every architecture, and a lint of their machine code."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from cuda_emulation import emulator
+from test_cuda_emulated import reach_every_kernel
 
 from benchmarks.cuda_budget import GPUS, Kernel, budget, kernel_for
-from benchmarks.cuda_code import ARCHS, kernels, missing_tools
+from benchmarks.cuda_code import ARCHS, OPS, kernels, missing_tools, plain_name
 from benchmarks.gpu_code import Code, histogram
 
-OPS = ("linear", "linear_grad_input")
+PRODUCTS = ("linear", "linear_grad_input")
 
 if reason := missing_tools():
     pytest.skip(f"compiling for GPUs: {reason}", allow_module_level=True)
@@ -26,7 +28,7 @@ def intended(name: str, arch: str) -> str | None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", PRODUCTS)
 def test_products_are_the_code_that_was_meant(op: str, arch: str) -> None:
     for name, code in kernels(op, arch).items():
         what = f"{name}: {histogram(code.loop)}"
@@ -44,6 +46,30 @@ def test_products_are_the_code_that_was_meant(op: str, arch: str) -> None:
             assert code.count(r"LDG\.E.*\.128", code.loop) == 4, what
             assert code.count(r"LDS(\.U)?$", code.loop) >= 64, what
             assert code.count("FFMA", code.loop) >= 64, what
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", sorted(set(OPS) - set(PRODUCTS)))
+def test_other_kernels_neither_spill_nor_divide_inexactly(op: str, arch: str) -> None:
+    for name, code in kernels(op, arch).items():
+        what = f"{name}: {histogram(code.ops)}"
+        assert code.local == 0, f"local memory in {what}"
+        assert code.count("LDL|STL") == 0, f"spills in {what}"
+        assert code.count(r"LDG\.E.*\.128") > 0, f"no wide loads in {what}"
+        assert (code.count("RED|ATOM") > 0) == (op == "histogram"), f"atomics in {what}"
+        # The check of an exact division, one for each of a run of 16 elements.
+        divides = name.startswith(("quantize", "histogram", "adam"))
+        assert code.count("FCHK") >= 16 if divides else code.count("FCHK") == 0, what
+        if op == "adam_step":  # two encodings, sqrt(v) / root, m / (... + eps)
+            assert code.count("FCHK") >= 64, what
+        elif not divides:
+            assert code.count("FFMA") == 0, f"a product and a sum rounded once in {what}"
+
+
+def test_every_compiled_kernel_runs_on_the_cpu() -> None:
+    reach_every_kernel()
+    compiled = {name for op in OPS for arch in ("sm_75", "sm_90a") for name in kernels(op, arch)}
+    assert compiled == {plain_name(name) for name in emulator().kernels()}
 
 
 # Instructions of a lane for each weight: what was reached, rounded up.

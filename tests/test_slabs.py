@@ -67,25 +67,30 @@ _linear_rows = slabs.linear_rows
 
 
 @pytest.mark.parametrize(
-    ("capability", "m", "dtype", "first"),
+    ("capability", "m", "dtype", "order"),
     [
-        ((9, 0), 1, torch.float16, "triton"),
-        ((9, 0), 64, torch.bfloat16, "triton"),
-        ((9, 0), 4096, torch.bfloat16, "slabs"),
-        ((9, 0), 4096, torch.float32, "triton"),
-        ((8, 0), 2048, torch.float16, "slabs"),
-        ((7, 5), 1, torch.float16, "triton"),
-        ((7, 5), 16, torch.float16, "slabs"),
-        ((12, 0), 16, torch.float16, "triton"),
+        ((9, 0), 1, torch.float16, "cuda triton slabs"),
+        ((9, 0), 64, torch.bfloat16, "cuda triton slabs"),
+        ((9, 0), 65, torch.bfloat16, "triton cuda slabs"),
+        ((9, 0), 4096, torch.bfloat16, "slabs triton cuda"),
+        ((9, 0), 8, torch.float32, "cuda triton"),
+        ((9, 0), 4096, torch.float32, "triton cuda"),
+        ((8, 0), 2048, torch.float16, "slabs triton cuda"),
+        ((7, 5), 128, torch.float16, "cuda triton slabs"),
+        ((7, 5), 129, torch.float16, "slabs triton cuda"),
+        ((7, 5), 16, torch.bfloat16, "slabs triton cuda"),
+        ((12, 0), 16, torch.float16, "cuda triton slabs"),
     ],
 )
 def test_the_table(
-    capability: Any, m: int, dtype: torch.dtype, first: str, monkeypatch: pytest.MonkeyPatch
+    capability: Any, m: int, dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda_table._family.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     x = torch.empty(m, 64, dtype=dtype, device="meta")
-    assert cuda_table.preference("linear", (x,))[0] == first
-    assert cuda_table.preference("quantize", (x,)) == ("triton",)
+    codes, ragged = torch.empty(2, 48, 64, dtype=torch.uint8), torch.empty(48, 60)
+    assert cuda_table.preference("linear", (x, codes[0])) == tuple(order.split())
+    assert cuda_table.preference("linear", (x, ragged))[0] != "cuda", "its fast kernels need 16"
+    assert cuda_table.preference("quantize", (x, ragged)) == ("cuda", "triton")
     cuda_table._family.cache_clear()

@@ -27,16 +27,40 @@ FUSED_ROWS = {
 AMD_FUSED_ROWS = 1 << 62
 
 
-def preference(op: str, args: Sequence[Any]) -> tuple[str, ...]:
+# Up to so many rows our CUDA C++ comes before Triton (which has no tensor cores on sm75).
+#
+# Estimates, not yet measured: up to here `python -m benchmarks.cuda_budget` leaves the memory of
+# A100 and H100 as the limit, or nearly (64 rows: at least 0.78 of its bandwidth). Its table has a
+# copy for each lane, where Triton's one copy takes 2.3 turns of shared memory for a lookup. On T4,
+# 0.26 of the bandwidth at 128 rows is still as fast as decoding to memory and reading that again.
+# Of other GPUs there is no budget; they get A100's number.
+CUDA_ROWS = {
+    "linear": {"sm75": 128, "sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
+    "linear_grad_input": {"sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
+}
+# Rows in dtypes for which there are no tensor cores: float32, and bfloat16 on sm75. An estimate:
+# the kernel for a few rows (csrc/cuda/linear.cu) goes over the codes once for every 4.
+CUDA_ROWS_ALONE = 8
+
+
+def preference(op: str, args: Sequence[Any] = ()) -> tuple[str, ...]:
     """Backends for `op` in order of preference, before `reference`."""
     if op not in FUSED_ROWS or not args:
-        return ("triton",)
-    x = args[0]
+        return ("cuda", "triton")
+    x, codes = args[:2]
+    rows, family = x.numel() // x.shape[-1], _family(x.device)
+    has_tensor_cores = x.dtype != torch.float32 and (family, x.dtype) != ("sm75", torch.bfloat16)
+    most = CUDA_ROWS[op].get(family, 0)
+    if not has_tensor_cores:
+        most = CUDA_ROWS_ALONE if op == "linear" else 0
+    # The fast CUDA kernels load 16 codes of a row at a time.
+    ours_first = rows <= most and codes.shape[-1] % 16 == 0
+    fused = ("cuda", "triton") if ours_first else ("triton", "cuda")
     if x.dtype == torch.float32:  # cuBLAS may multiply it in TF32
-        return ("triton",)
-    rows = x.numel() // x.shape[-1]
-    fused = rows <= FUSED_ROWS[op].get(_family(x.device), AMD_FUSED_ROWS)
-    return ("triton", "slabs") if fused else ("slabs", "triton")
+        return fused
+    if ours_first or rows <= FUSED_ROWS[op].get(family, AMD_FUSED_ROWS):
+        return (*fused, "slabs")
+    return ("slabs", *fused)
 
 
 @functools.cache

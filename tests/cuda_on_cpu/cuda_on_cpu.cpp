@@ -365,7 +365,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(launching);
   Dl_info info{};
-  if (dladdr(kernel, &info) != 0 && info.dli_sname != nullptr) kernels.insert(info.dli_sname);
+  // Kernels without a name to the outside are those of mistakes.cpp.
+  if (dladdr(kernel, &info) != 0 && info.dli_saddr == kernel) kernels.insert(info.dli_sname);
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   threads = static_cast<int>(block.x * block.y * block.z);
   message.clear();
