@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptj_q8.backends.compiled import Compiled
 
-_library = Compiled("cuda", "where nvcc and a GPU are (or GPTJ_Q8_CUDA_ARCHS names its kind)")
+_library = Compiled("cuda", "where nvcc and a GPU are")
 quantize = _library.quantize
 histogram = _library.histogram
 dequantize = _library.dequantize
