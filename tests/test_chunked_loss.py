@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJForCausalLM, Trainer, TrainingArguments
 
 import gptj_q8
-from gptj_q8.models.gptj_modules import LossOutput
+from gptj_q8.models.gptj_modules import LossOutput, SdpaAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +51,15 @@ def test_save_memory_does_all_three_and_leaves_other_models(tmp_path: Path) -> N
     assert type(lean.transformer.h[0].mlp.act) is torch.nn.GELU
     assert lean.config._attn_implementation == "gptj_q8"
     assert not gptj_q8.save_memory(gpt2())
+
+
+def test_prepare_for_finetuning_applies_them() -> None:
+    whole, _ = pair()
+    model = gptj_q8.prepare_for_finetuning(gptj_q8.add_lora(copy.deepcopy(whole)), verbose=False)
+    output = model(IDS, labels=IDS)
+    assert isinstance(output, LossOutput)
+    assert {type(block.attn) for block in model.base_model.model.transformer.h} == {SdpaAttention}
+    torch.testing.assert_close(output.loss, whole(IDS, labels=IDS).loss)
 
 
 def test_logits_are_missed_loudly_and_come_without_labels() -> None:

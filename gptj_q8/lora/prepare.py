@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, _set_trainable
 from torch import nn
 
+from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.norm import Float32LayerNorm
 
@@ -23,6 +24,9 @@ def prepare_for_finetuning(model: Any, train_1d: bool = False, *, verbose: bool 
     `train_1d` the norms and biases train too, in float32 (other norms than LayerNorm in their own
     dtype); a PeftModel saves and loads them with its adapter, as modules_to_save and bias="all".
     Prints what trains, unless not `verbose`.
+
+    A GPT-J also gets what `gptj_q8.save_memory` does: attention through PyTorch's
+    `scaled_dot_product_attention`, and a loss in chunks, beside which there are no `logits`.
 
     In distributed training (DDP) the scales of 8-bit layers then stay out of the broadcast of
     buffers before each forward; the ranks must have loaded the same model.
@@ -53,6 +57,7 @@ def prepare_for_finetuning(model: Any, train_1d: bool = False, *, verbose: bool 
         model.requires_grad_(False)
     if train_1d:
         _train_1d(model)
+    save_memory(model)
     if not getattr(_base(model), "_require_grads_hooks", None):
         model.enable_input_require_grads()
     _enable_checkpointing(model)
