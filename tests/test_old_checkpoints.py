@@ -374,6 +374,15 @@ def test_command_line(tmp_path, kind):
     if kind != "none":
         tuned = run("generate", tmp_path / "new", *ask, "--adapter", adapter)
         assert read_json(tuned)["text"] == texts[0]
+        # On top of those within, others would mix with them.
+        data = tmp_path / "data.txt"
+        data.write_text("En el principio\n" * 99)
+        for refused in (
+            run("generate", tmp_path / "old", *ask, "--adapter", adapter),
+            run("finetune", tmp_path / "old", "--data", data, "--output", tmp_path / "x"),
+        ):
+            assert refused.exit_code == 1
+            assert "old has adapters already" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.slow

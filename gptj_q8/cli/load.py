@@ -71,6 +71,11 @@ def model(name: str, dtype: str, on: torch.device, adapter: Path | None = None) 
         device_map={"": on},
     )
     if adapter is not None:
+        if getattr(loaded, "peft_config", None):
+            raise CliError(
+                f"{name} has adapters already, which --adapter would take the place of; "
+                "gptj-q8 convert takes them out"
+            )
         from peft import PeftModel
 
         loaded = PeftModel.from_pretrained(loaded, adapter)

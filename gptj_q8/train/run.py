@@ -105,6 +105,11 @@ def finetune(
             raise ValueError(f"the run in {output} has ended; there is nothing to resume")
     else:
         folder.check_new(output, overwrite)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{model.name_or_path} has adapters already, which new ones would take the place of; "
+            "gptj-q8 convert takes them out of an old checkpoint"
+        )
     if model.device.type == "cpu" and model.dtype == torch.float16:
         raise ValueError("float16 trains on a GPU only; load the model in bfloat16 or float32")
     if model.device.index:
