@@ -74,11 +74,11 @@ def budget(gpu: Gpu, launch: Launch, dtype: torch.dtype, block_size: int = 256) 
     weights = launch.constants["TILE_N"] * launch.constants["TILE_K"]
     warps = code.threads // LANES
     copies = launch.kernel is linear_gemv_kernel
-    turns = warps * sum(turns(op, copies) for op in code.loop)
+    taken = warps * sum(turns(op, copies) for op in code.loop)
     return Budget(
         gpu.codes_needed(block_size),
         ISSUED / code.per_weight(weights),
-        weights / turns,
+        weights / taken,
         _resident(gpu, code),
     )
 

@@ -16,12 +16,13 @@ import torch
 # of their peak for a large product:
 #   fused, H100: 0.5 ps to decode for every 128 rows; slabs: 1.0 ps to read codes, write and read
 #   16-bit weights (read again from L2) + 2 M / 700e12. Equal at 512 to 1024 rows, if the fused
-#   kernel hid all else. A100, in tiles of 64 rows: equal near 512. Half of that is taken.
+#   kernel hid all else. A100, in tiles of 64 rows: equal near 512. If it hid nothing, decoding
+#   first would win at 256 rows on A100, and for the gradient on H100 (tests/test_cuda_table.py).
 # Blackwell's product is faster and our decoding is not. T4's tensor cores have no fused kernel:
 # only the few-rows kernel, which uses none, serves there.
 FUSED_ROWS = {
-    "linear": {"sm75": 4, "sm80": 256, "sm86": 256, "sm90": 256, "sm100": 128},
-    "linear_grad_input": {"sm75": 0, "sm80": 256, "sm86": 256, "sm90": 256, "sm100": 64},
+    "linear": {"sm75": 4, "sm80": 128, "sm86": 128, "sm90": 256, "sm100": 128},
+    "linear_grad_input": {"sm75": 0, "sm80": 128, "sm86": 128, "sm90": 128, "sm100": 64},
 }
 # PyTorch multiplies 16-bit tensors into float32 only with cuBLAS.
 AMD_FUSED_ROWS = 1 << 62
