@@ -76,7 +76,7 @@ _linear_rows = slabs.linear_rows
         ((9, 0), 8, torch.float32, "cuda triton"),
         ((9, 0), 4096, torch.float32, "triton cuda"),
         ((8, 0), 2048, torch.float16, "slabs triton cuda"),
-        ((7, 5), 128, torch.float16, "cuda triton slabs"),
+        ((7, 5), 128, torch.float16, "cuda slabs triton"),
         ((7, 5), 129, torch.float16, "slabs triton cuda"),
         ((7, 5), 16, torch.bfloat16, "slabs triton cuda"),
         ((12, 0), 16, torch.float16, "cuda triton slabs"),

@@ -59,8 +59,10 @@ def preference(op: str, args: Sequence[Any] = ()) -> tuple[str, ...]:
     fused = ("cuda", "triton") if ours_first else ("triton", "cuda")
     if x.dtype == torch.float32:  # cuBLAS may multiply it in TF32
         return fused
-    if ours_first or rows <= FUSED_ROWS[op].get(family, AMD_FUSED_ROWS):
+    if rows <= FUSED_ROWS[op].get(family, AMD_FUSED_ROWS):
         return (*fused, "slabs")
+    if ours_first:  # where it is not built, Triton is no substitute for so many rows
+        return ("cuda", "slabs", "triton")
     return ("slabs", *fused)
 
 
