@@ -73,8 +73,11 @@ def test_generate_compiles_a_step_into_one_graph(
         assert names_of_ours(graphs[0]) == {"linear": 2 * 6 + 1, "embedding": 1}
 
 
-def test_every_op_runs_in_a_cuda_graph(device: torch.device) -> None:
-    """Captured once and replayed on other values, it gives what it gives outside."""
+def test_ops_run_in_a_cuda_graph(device: torch.device) -> None:
+    """Captured once and replayed on other values, it gives what it gives outside.
+
+    But for adam_step_: its number of the step is no tensor, so a graph would repeat it.
+    """
     if device.type != "cuda":
         pytest.skip("a CUDA graph needs a GPU: `make gpu-test` runs this")
     n, k, block = 96, 256, 256
