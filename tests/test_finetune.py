@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import save_byte_gptj
 from peft import PeftModel
+from safetensors import safe_open
 from tiny import QUICK, contents
 from transformers import AutoTokenizer
 from transformers.models.gptj.modeling_gptj import GPTJMLP
@@ -340,3 +341,12 @@ def test_biases_and_norms_train_and_come_back(
 def test_smoothing_is_a_mean_of_neighbours() -> None:
     assert smoothed([0.0, 3.0, 6.0]) == [1.5, 3.0, 4.5]
     assert smoothed([5.0]) == [5.0]
+
+
+def test_norms_and_biases_learn_where_asked(tune: Any, tmp_path: Path) -> None:
+    settings = Settings(**{**vars(SETTINGS), "train_1d": True, "max_steps": 2})
+    tune(settings=settings)
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    for part in ("transformer.ln_f.weight", "transformer.h.0.mlp.fc_in.base_layer.bias"):
+        assert f"base_model.model.{part}" in names

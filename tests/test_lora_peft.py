@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families import family
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import GPTJForCausalLM
 
 import gptj_q8
+from gptj_q8.lora import registration
 from gptj_q8.lora.layers import Q8LoraEmbedding, Q8LoraLinear
 from gptj_q8.nn import Q8Embedding, Q8Linear
 
@@ -304,6 +306,20 @@ def test_what_would_be_silently_wrong_is_refused(
     assert not any(hasattr(module, "lora_A") for module in model.modules())
 
 
+def test_an_embedding_that_shifts_its_ids_is_refused_by_name() -> None:
+    model = gptj_q8.quantize_(family("opt"), QUICK)
+    with pytest.raises(ValueError, match=r"embed_positions computes its ids itself"):
+        get_peft_model(model, lora(target_modules=["embed_positions"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_an_embedding_that_scales_its_rows_scales_what_is_added(options: dict[str, Any]) -> None:
+    eight_bit = gptj_q8.quantize_(family("gemma2"), QUICK)
+    decoded = gptj_q8.dequantize_(copy.deepcopy(eight_bit))
+    config = lora(target_modules=["embed_tokens"], **options)
+    assert_trains_alike(attach(eight_bit, config), attach(decoded, config))
+
+
 def test_prompt_tuning_is_refused_by_name(eight_bit: GPTJForCausalLM) -> None:
     with pytest.raises(ValueError, match="prompt learning needs a float embedding"):
         get_peft_model(
@@ -477,3 +493,23 @@ def test_float32_adapters_on_a_16_bit_model(dtype: torch.dtype, decoded: GPTJFor
     for name, parameter in trained(exact).items():
         own, theirs = (relative(trained(m)[name].grad, parameter.grad) for m in (a, b))
         assert own < 2 * theirs + 1e-3, name
+
+
+def test_the_model_compiles_whole_with_its_adapters(eight_bit: GPTJForCausalLM) -> None:
+    model = attach(eight_bit, lora())
+    right = model(IDS, labels=IDS).loss
+    right.backward()
+    grads = {name: p.grad for name, p in trained(model).items()}
+    model.zero_grad()
+    compiled = torch.compile(model.get_base_model(), fullgraph=True)
+    loss = compiled(IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    assert relative(loss, right) < EXACT
+    for name, parameter in trained(model).items():
+        assert relative(parameter.grad, grads[name]) < 1e-5, name
+
+
+def test_a_peft_that_is_too_old_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
+    with pytest.raises(ImportError, match=r"PEFT 0\.20 or newer is needed, this is 0\.19\.1"):
+        registration.register()

@@ -66,12 +66,25 @@ def test_prepared_it_checkpoints_and_every_adapter_gets_its_gradient(
     assert f"{count:,} parameters train" in capsys.readouterr().out
 
 
-def test_reentrant_checkpointing_gets_gradients_too() -> None:
+@pytest.mark.parametrize("hooked_first", [False, True])
+@pytest.mark.parametrize("targets", [["all"], ["all", "wte"]], ids=str)
+def test_reentrant_checkpointing_gets_gradients_too(targets: list[str], hooked_first: bool) -> None:
     """With adapters in the blocks alone, it once trained nothing."""
-    model = gptj_q8.prepare_for_finetuning(gptj_q8.add_lora(model_8bit(), r=4), verbose=False)
+    base = model_8bit()
+    if hooked_first:
+        base.enable_input_require_grads()
+    model = gptj_q8.add_lora(base, r=4, targets=targets)
+    gptj_q8.prepare_for_finetuning(model, verbose=False)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
+def test_checkpointing_can_be_left_off() -> None:
+    model = gptj_q8.add_lora(model_8bit(), r=4)
+    gptj_q8.prepare_for_finetuning(model, checkpointing=False, verbose=False)
+    assert not model.base_model.model.transformer.h[0].gradient_checkpointing
+    assert trained(model)
 
 
 def test_an_adapter_loaded_for_inference_trains_again(tmp_path: Path) -> None:
@@ -115,8 +128,13 @@ def test_norms_and_biases_train_in_float32_and_load_with_the_adapter(
     assert right.dtype == dtype
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model_8bit(dtype), tmp_path)
+    gptj_q8.prepare_for_finetuning(again, train_1d=True, verbose=False)
+    assert {name: p.dtype for name, p in trained(again).items()} == {
+        name: p.dtype for name, p in trained(model).items()
+    }
+    again.eval()
     assert relative(logits(again), right) < (1e-6 if dtype == torch.float32 else 0.01)
-    merged = again.merge_and_unload()
+    merged = PeftModel.from_pretrained(model_8bit(dtype), tmp_path).merge_and_unload()
     weight = model.base_model.model.transformer.ln_f.modules_to_save["default"].weight
     assert (
         relative(merged.transformer.ln_f.weight, weight)

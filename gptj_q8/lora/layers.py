@@ -34,6 +34,20 @@ class RequantizingLayer(LoraLayer):
         available = self._get_available_adapters()
         return [name for name in self.active_adapters if name in available]
 
+    def to_add(self, arguments: Any) -> list[str]:
+        """The active adapters if nothing but the base layer and plain LoRA is asked for, else none.
+
+        ValueError for DoRA beside another adapter: PEFT would scale what the other added.
+        arguments: of forward, beside x.
+        """
+        names = self.active_here()
+        variants = self.lora_variant.keys() & names
+        if variants and len(names) > 1 and not self.disable_adapters:
+            raise ValueError(f"DoRA goes with no other adapter, but active are {', '.join(names)}")
+        if any(arguments) or variants or self.disable_adapters or self.merged:
+            return []
+        return names
+
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """P [N, r] and Q [r, K]: the adapter adds scaling * P @ Q to the weight [N, K]."""
         raise NotImplementedError
@@ -121,20 +135,9 @@ class Q8LoraLinear(RequantizingLayer, PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., K] -> [..., N]."""
-        names = self.active_here()
-        _refuse_dora_in_company(self, names)
-        base = self.base_layer
+        names, base = self.to_add((args, kwargs)), self.base_layer
         parts = [base, *(part for name in names for part in (self.lora_A[name], self.lora_B[name]))]
-        if (
-            args
-            or kwargs
-            or not names
-            or self.disable_adapters
-            or self.merged
-            or self.lora_variant.keys() & names
-            or not isinstance(base, Q8Linear)
-            or any(_is_watched(part) for part in parts)
-        ):
+        if not names or not isinstance(base, Q8Linear) or any(map(_is_watched, parts)):
             return super().forward(x, *args, **kwargs)
         adapters = [
             Adapter(
@@ -165,17 +168,8 @@ class Q8LoraEmbedding(RequantizingLayer, PeftEmbedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: ids [...] -> [..., K]."""
-        names = self.active_here()
-        _refuse_dora_in_company(self, names)
-        if (
-            args
-            or kwargs
-            or not names
-            or self.disable_adapters
-            or self.merged
-            or self.lora_variant.keys() & names
-            or type(self.base_layer) is not Q8Embedding  # some scale their rows, as PEFT knows
-        ):
+        names = self.to_add((args, kwargs))
+        if not names or type(self.base_layer) is not Q8Embedding:  # some scale, as PEFT knows
             return super().forward(x, *args, **kwargs)
         rows = self.base_layer(x.reshape(-1))
         with torch.autocast(rows.device.type, enabled=False):  # it would cast addmm
@@ -202,8 +196,3 @@ def _is_watched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
-
-
-def _refuse_dora_in_company(layer: LoraLayer, active: list[str]) -> None:
-    if len(active) > 1 and layer.lora_variant.keys() & active and not layer.disable_adapters:
-        raise ValueError(f"DoRA goes with no other adapter, but active are {', '.join(active)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, _set_trainable
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_trainable
 from torch import nn
 
 from gptj_q8.models.gptj_modules import save_memory
@@ -16,11 +16,14 @@ from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.norm import Float32LayerNorm
 
 
-def prepare_for_finetuning(model: Any, train_1d: bool = False, *, verbose: bool = True) -> Any:
+def prepare_for_finetuning(
+    model: Any, train_1d: bool = False, *, checkpointing: bool = True, verbose: bool = True
+) -> Any:
     """Sets a Transformers model up for training, in place, and returns it.
 
     Train mode; gradients from the embedding's output on; non-reentrant checkpointing, which keeps
-    one activation a block and recomputes the rest; all frozen but the active adapter. With
+    one activation a block and recomputes the rest (not without `checkpointing`: faster where memory
+    is plenty); all frozen but the active adapter. With
     `train_1d` the norms and biases train too, in float32 (other norms than LayerNorm in their own
     dtype); a PeftModel saves and loads them with its adapter, as modules_to_save and bias="all".
     Prints what trains, unless not `verbose`.
@@ -60,7 +63,8 @@ def prepare_for_finetuning(model: Any, train_1d: bool = False, *, verbose: bool 
     save_memory(model)
     if not getattr(_base(model), "_require_grads_hooks", None):
         model.enable_input_require_grads()
-    _enable_checkpointing(model)
+    if checkpointing:
+        _enable_checkpointing(model)
     model._ddp_params_and_buffers_to_ignore = [
         f"{name}.{part}"
         for name, module in model.named_modules()
@@ -131,7 +135,11 @@ def _train_1d(model: Any) -> None:
         config.bias = "all"
         config.modules_to_save = [*(config.modules_to_save or []), *norms]
         _set_trainable(base, adapter, module_names=norms, inference_mode=False)
-        norms = [f"{name}.modules_to_save.{adapter}" for name in norms]
+        norms = [  # those that were saved with the adapter and have come with it, too
+            f"{name}.modules_to_save.{adapter}"
+            for name, module in base.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        ]
     for name in norms:
         norm = base.get_submodule(name)
         norm.requires_grad_(True)

@@ -22,9 +22,9 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, *
     config = tuner.peft_config[adapter_name]
     for wanted in getattr(config, "modules_to_save", None) or ():
         # PEFT takes every module whose name ends so, and would train what is float in it.
-        for name, _ in model.named_modules():
+        for name in (name for name, _ in model.named_modules() if name.endswith(wanted)):
             inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]
-            if name.endswith(wanted) and inside:
+            if inside:
                 raise ValueError(
                     f"modules_to_save: {inside[0]} is in 8 bits and cannot be trained itself; "
                     "name it in target_modules, or in Q8Config(modules_to_not_convert=...)"

@@ -3,7 +3,7 @@
 PEFT looks layers up in a fixed list and offers a registry only for a config at hand, which is not
 saved with the adapter. So methods of its are wrapped here, and every way to an adapter
 (`get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModel`, `model.add_adapter`) goes through
-them. Importing this module registers; AttributeError or ImportError for a PEFT without them.
+them. Importing this module registers; AttributeError for a PEFT without them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from gptj_q8.nn import Q8Linear
 
 
 def register() -> None:
-    """Wraps PEFT's methods, once."""
+    """Wraps PEFT's methods, once. ImportError for a PEFT that is too old."""
+    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20):
+        raise ImportError(f"PEFT 0.20 or newer is needed, this is {peft.__version__}")
     if hasattr(LoraModel._create_new_module, "__wrapped__"):
         return
     LoraModel._create_new_module = staticmethod(_creating(LoraModel._create_new_module))

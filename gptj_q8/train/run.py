@@ -236,10 +236,8 @@ def _add_adapters(model: Any, settings: Settings) -> Any:
     model = add_lora(
         model, settings.rank, settings.alpha, settings.targets, dropout=settings.dropout
     )
-    prepare_for_finetuning(model, settings.train_1d, verbose=False)
-    if model.get_nb_trainable_parameters()[1] <= CHECKPOINT_ABOVE:
-        model.gradient_checkpointing_disable()
-    return model
+    large = model.get_nb_trainable_parameters()[1] > CHECKPOINT_ABOVE
+    return prepare_for_finetuning(model, settings.train_1d, checkpointing=large, verbose=False)
 
 
 def _at_once(length: int, batch_size: int) -> int:
