@@ -2,7 +2,6 @@
 #include "cuda_on_cpu.h"
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -15,76 +14,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-// Saves the registers that a call keeps on the stack, stores its pointer in *from, and goes on
-// where `to` was stored.
-extern "C" void cuda_on_cpu_switch(void** from, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, @function
-cuda_on_cpu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
-)");
-constexpr int kReturn = 6, kFrame = 8;  // words; at kReturn the place to go on
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, %function
-cuda_on_cpu_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
-)");
-constexpr int kReturn = 11, kFrame = 20;
-#else
-#error "the emulator switches fibers on x86-64 and arm64 only"
-#endif
+#include "fibers.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -92,8 +22,6 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStack = 256 * 1024;
-constexpr size_t kPage = 4096;
 constexpr int kMostThreads = 1024;
 constexpr cudaError_t kFailed = 719;  // CUDA's cudaErrorLaunchFailure
 
@@ -105,12 +33,10 @@ struct Copy {
 
 enum class State { ready, waiting, done };
 
-struct Fiber {
-  void* stack_pointer;
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  unsigned char* stack;        // its lowest usable byte
-  uint3 thread;
-  State state;
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  State state = State::done;
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;                 // not yet committed
 };
@@ -123,21 +49,16 @@ struct Meeting {
 };
 
 std::mutex launching;
-std::vector<Fiber> fibers(kMostThreads);
-int threads = 0;
+std::vector<Thread> threads(kMostThreads);
+int thread_count = 0;  // of a block
 int current = -1;
 const std::function<void()>* body = nullptr;
-void* scheduler_pointer;
-void* scheduler_fake_stack;
-const void* scheduler_stack;
-size_t scheduler_stack_size;
 
 unsigned char* shared = nullptr;
 Meeting barrier;
 std::vector<Meeting> groups;
 std::string message;
 bool failed = false;
-bool stacks_are_dirty = false;
 
 // The GPU that the launches believe in.
 struct EmulatedGpu {
@@ -159,73 +80,29 @@ const char* base_name(const char* path) {
   return slash ? slash + 1 : path;
 }
 
-// AddressSanitizer has to be told of every change of stacks: before it, where it goes, and after.
-void announce_switch(void** fake_stack, const void* stack, size_t size) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fake_stack, stack, size);
-#else
-  (void)fake_stack, (void)stack, (void)size;
-#endif
-}
-void confirm_switch(void* fake_stack, const void** from, size_t* size) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, from, size);
-#else
-  (void)fake_stack, (void)from, (void)size;
-#endif
-}
-
-void enter_fiber(Fiber& fiber) {
-  announce_switch(&scheduler_fake_stack, fiber.stack, kStack);
-  cuda_on_cpu_switch(&scheduler_pointer, fiber.stack_pointer);
-  confirm_switch(scheduler_fake_stack, nullptr, nullptr);
-}
-
-void leave_fiber(Fiber& fiber, bool forever) {
-  announce_switch(forever ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_size);
-  cuda_on_cpu_switch(&fiber.stack_pointer, scheduler_pointer);
-  confirm_switch(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
-}
-
-void fiber_main() {
-  confirm_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
+void thread_main() {
   (*body)();
-  Fiber& fiber = fibers[current];
+  Thread& thread = threads[current];
   const auto is_empty = [](const std::vector<Copy>& group) { return group.empty(); };
-  if (!fiber.open.empty() || !std::all_of(fiber.groups.begin(), fiber.groups.end(), is_empty)) {
+  if (!thread.open.empty() || !std::all_of(thread.groups.begin(), thread.groups.end(), is_empty)) {
     fail({"", 0}, "a thread ended with a cp.async that it never waited for");
   }
-  fiber.state = State::done;
-  leave_fiber(fiber, true);
-  std::abort();
+  thread.state = State::done;
+  thread.fiber.leave_forever();
 }
 
-void prepare(Fiber& fiber, int index) {
-  if (fiber.stack == nullptr) {
-    void* mapped = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) std::abort();
-    mprotect(mapped, kPage, PROT_NONE);  // a kernel that overflows its stack stops there
-    fiber.stack = static_cast<unsigned char*>(mapped) + kPage;
-  }
-#if defined(__SANITIZE_ADDRESS__)
-  if (stacks_are_dirty) __asan_unpoison_memory_region(fiber.stack, kStack);
-#endif
-  auto** top = reinterpret_cast<void**>(fiber.stack + kStack);
-  void** frame = top - kFrame;
-  std::fill(frame, top, nullptr);
-  frame[kReturn] = reinterpret_cast<void*>(&fiber_main);
-  fiber.stack_pointer = frame;
-  fiber.fake_stack = nullptr;
-  fiber.state = State::ready;
-  fiber.thread.x = index % blockDim.x;
-  fiber.thread.y = index / blockDim.x % blockDim.y;
-  fiber.thread.z = index / (blockDim.x * blockDim.y);
-  fiber.groups.clear();
-  fiber.open.clear();
+void prepare(Thread& thread, int number) {
+  // One that is not done belonged to a launch that failed.
+  thread.fiber.prepare(thread_main, thread.state != State::done);
+  thread.state = State::ready;
+  thread.index.x = number % blockDim.x;
+  thread.index.y = number / blockDim.x % blockDim.y;
+  thread.index.z = number / (blockDim.x * blockDim.y);
+  thread.groups.clear();
+  thread.open.clear();
 }
 
-// Numbers 0 .. count - 1 in the order chosen.
+// 0, 1, 2 and so on in the order chosen.
 void arrange(std::vector<int64_t>& numbers) {
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int64_t>(i);
   if (order == 1) std::reverse(numbers.begin(), numbers.end());
@@ -233,13 +110,13 @@ void arrange(std::vector<int64_t>& numbers) {
 }
 
 void run_block() {
-  for (int i = 0; i < threads; ++i) prepare(fibers[i], i);
+  for (int i = 0; i < thread_count; ++i) prepare(threads[i], i);
   barrier = Meeting{};
   groups.clear();
   // As numbered, all threads keep step. In other orders a warp runs as far as it can before the
   // next: so one may be ahead of another by all that no barrier forbids.
-  const int stretch = order == 0 ? threads : 32;
-  std::vector<int64_t> stretches((threads + stretch - 1) / stretch), turns(stretch);
+  const int stretch = order == 0 ? thread_count : 32;
+  std::vector<int64_t> stretches((thread_count + stretch - 1) / stretch), turns(stretch);
   for (bool progress = true; progress && !failed;) {
     progress = false;
     arrange(stretches);
@@ -249,17 +126,17 @@ void run_block() {
         arrange(turns);
         for (const int64_t turn : turns) {
           const int64_t i = number * stretch + turn;
-          if (i >= threads || fibers[i].state != State::ready || failed) continue;
+          if (i >= thread_count || threads[i].state != State::ready || failed) continue;
           moved = progress = true;
           current = static_cast<int>(i);
-          threadIdx = fibers[i].thread;
-          enter_fiber(fibers[i]);
+          threadIdx = threads[i].index;
+          threads[i].fiber.enter();
         }
       }
     }
   }
-  const auto is_waiting = [](const Fiber& f) { return f.state == State::waiting; };
-  const auto waiting = std::count_if(fibers.begin(), fibers.begin() + threads, is_waiting);
+  const auto is_waiting = [](const Thread& t) { return t.state == State::waiting; };
+  const auto waiting = std::count_if(threads.begin(), threads.begin() + thread_count, is_waiting);
   if (!failed && waiting > 0) {
     failed = true;
     message = std::to_string(waiting) + " threads wait for others that have ended";
@@ -279,13 +156,13 @@ bool arrive(Meeting& meeting, int count, Site site, const char* what) {
 
 void wait_or_release(Meeting& meeting, int first, int count, bool last) {
   if (!last) {
-    fibers[current].state = State::waiting;
-    leave_fiber(fibers[current], false);
+    threads[current].state = State::waiting;
+    threads[current].fiber.leave();
     return;
   }
   meeting.arrived = 0;
   for (int i = first; i < first + count; ++i) {
-    if (i != current) fibers[i].state = State::ready;
+    if (i != current) threads[i].state = State::ready;
   }
 }
 
@@ -300,8 +177,7 @@ void fail(Site site, const char* format, ...) {
   message = std::string(base_name(site.file)) + ":" + std::to_string(site.line) + ": " + text +
             " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current) + ")";
   failed = true;
-  leave_fiber(fibers[current], true);  // never resumed
-  std::abort();
+  threads[current].fiber.leave_forever();
 }
 
 bool left_out(Site site) {
@@ -314,13 +190,15 @@ bool left_out(Site site) {
 }
 
 void wait_for_block(Site site) {
-  const bool last = arrive(barrier, threads, site, "barriers");
-  wait_or_release(barrier, 0, threads, last);
+  const bool last = arrive(barrier, thread_count, site, "barriers");
+  wait_or_release(barrier, 0, thread_count, last);
 }
 
 void wait_for_group(int width, void* operands, Together together, Site site) {
   const int lane = current % width, first = current - lane;
-  if (threads % width != 0) fail(site, "%d threads are not groups of %d", threads, width);
+  if (thread_count % width != 0) {
+    fail(site, "%d threads are not groups of %d", thread_count, width);
+  }
   // Groups are told apart by their first thread; a warp is another group than its warpgroup.
   const size_t index = static_cast<size_t>(first / 32) * 2 + (width == 32 ? 0 : 1);
   if (groups.size() <= index) groups.resize(index + 1);
@@ -337,17 +215,17 @@ unsigned char* shared_memory() {
 
 void start_copy(void* to, const void* from, size_t bytes, size_t zeros, Site) {
   std::memset(to, 0xff, bytes + zeros);  // what is there until the copy lands is nobody's business
-  fibers[current].open.push_back({to, from, bytes, zeros});
+  threads[current].open.push_back({to, from, bytes, zeros});
 }
 
 void commit_copies() {
-  Fiber& fiber = fibers[current];
-  fiber.groups.push_back(std::move(fiber.open));
-  fiber.open.clear();
+  Thread& thread = threads[current];
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
 }
 
 void land_copies(int keep_groups) {
-  auto& waiting = fibers[current].groups;
+  auto& waiting = threads[current].groups;
   while (static_cast<int>(waiting.size()) > keep_groups) {
     for (const Copy& copy : waiting.front()) {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
@@ -368,12 +246,12 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   // Kernels without a name to the outside are those of mistakes.cpp.
   if (dladdr(kernel, &info) != 0 && info.dli_saddr == kernel) kernels.insert(info.dli_sname);
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  threads = static_cast<int>(block.x * block.y * block.z);
+  thread_count = static_cast<int>(block.x * block.y * block.z);
   message.clear();
   failed = false;
-  if (threads < 1 || threads > kMostThreads || blocks == 0 || grid.x > 0x7fffffffu ||
+  if (thread_count < 1 || thread_count > kMostThreads || blocks == 0 || grid.x > 0x7fffffffu ||
       grid.y > 65535 || grid.z > 65535 || shared_bytes > static_cast<size_t>(gpu.shared_bytes)) {
-    message = "no GPU takes such a launch: " + std::to_string(threads) + " threads, grid " +
+    message = "no GPU takes such a launch: " + std::to_string(thread_count) + " threads, grid " +
               std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
               std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes shared";
     return kFailed;
@@ -395,7 +273,6 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
     run_block();
     std::free(memory);
     shared = nullptr;
-    stacks_are_dirty = failed;
     if (failed) return kFailed;
   }
   return cudaSuccess;
