@@ -46,6 +46,7 @@ class Q8HfQuantizer(HfQuantizer):
         self._restore_fp32_names: Any = None
         self._float_rules: Any = None  # by which Transformers names tensors when it saves the model
         self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
+        self._files: dict[str, str] = {}  # that each 8-bit module's scales are in, for messages
         self._adopting: Adopting | None = None  # a checkpoint of the hivemind family
 
     @property
@@ -143,6 +144,7 @@ class Q8HfQuantizer(HfQuantizer):
                 layer: Any = convert.shell(model.get_submodule(name), block_size)
                 for base in bases:
                     stored.check_shape(entries, f"{base}.codes", layer.codes.shape)
+                    self._files[name] = f"{entries[f'{base}.absmax'].file}: "
                 model.set_submodule(name, layer)
         _refuse_unclaimed(model, absent, unclaimed, entries)
         targets = tied.tie_codes(model)
@@ -204,7 +206,7 @@ class Q8HfQuantizer(HfQuantizer):
             if self._loads_state_dict:
                 _refuse_missing(name, scales)
             # Disk offload leaves tensors without data, and has read them from checked files.
-            check_stored_parts(name, scales, "")
+            check_stored_parts(f"{self._files.get(name, '')}{name}", scales, "")
         return model
 
     def attach(self, model: Any) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.gptj import modeling_gptj
 
 from gptj_q8 import convert
-from gptj_q8.checkpoint import adapters, old, stored
+from gptj_q8.checkpoint import adapters, naming, old, stored
 from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.checkpoint.source import faults_named, refuse_unsafe
 from gptj_q8.models import LEFTOVERS
@@ -194,17 +194,25 @@ class _InOldLayout(nn.Module):
             )
         old.check(entries)
         old.check_model(entries, model, FrozenWeight)
-        for adapter in adapters.find(entries, model):
+        found = adapters.find(entries, model)
+        for adapter in found:
             has_dropout = adapter.second.endswith(".2.weight")
             module = model.get_submodule(adapter.module)
             module.add_adapter(adapter.rank, ADAPTER_DROPOUT if has_dropout else 0.0)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, *rest, **kw
         )
+        known = {name: name for name in entries}
         for name, module in model.named_modules():
             if isinstance(module, FrozenWeight):
-                check_values(name, module.weight, module.absmax, module.code)
+                base = naming.base_name(name, model.base_model_prefix, "absmax", known)
+                where = f"{entries[f'{base}.absmax'].file}: {base}"
+                check_values(where, module.weight, module.absmax, module.code)
                 module.code = module.code.clone()  # one table may serve all modules of a pickle
+        for adapter in found:
+            parts = model.get_submodule(adapter.module).adapter
+            for part, tensor in ((adapter.first, parts[0]), (adapter.second, parts[-1])):
+                adapters.refuse_not_finite(entries[part], part, tensor.weight)
         return loaded
 
 

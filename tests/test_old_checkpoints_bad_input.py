@@ -119,7 +119,7 @@ def test_codes_of_another_shape(tmp_path, read):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_bad_scales(tmp_path, read, value):
     state = changed(lambda s: s[f"{NAME}.absmax"][1:2].fill_(value))
-    with pytest.raises(ValueError, match=rf"{NAME}: absmax"):
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin: {NAME}: absmax"):
         read(old.write(tmp_path / "old", state))
 
 
@@ -129,7 +129,8 @@ def test_bad_table(tmp_path, read, value):
     table[7] = value
     state = old.state_dict()
     state[f"{NAME}.code"] = table
-    with pytest.raises(ValueError, match=rf"{NAME}: codebook must lie in \[-1, 1\]"):
+    message = rf"pytorch_model\.bin: {NAME}: codebook must lie in \[-1, 1\]"
+    with pytest.raises(ValueError, match=message):
         read(old.write(tmp_path / "old", state))
 
 
@@ -148,6 +149,23 @@ def test_bad_table(tmp_path, read, value):
         (
             lambda s: s.update({"transformer.wte.adapter.1.weight": torch.zeros(47, 3)}),
             r"wte\.adapter\.1\.weight must have shape \[48, 3\] for this model, got \[47, 3\]",
+        ),
+        (
+            lambda s: s.update(
+                {
+                    "lm_head.adapter.0.weight": torch.zeros(0, 48),
+                    "lm_head.adapter.1.weight": torch.zeros(130, 0),
+                }
+            ),
+            r"lm_head\.adapter\.1\.weight must have 2 dimensions above 0, got \[130, 0\]",
+        ),
+        (
+            lambda s: s.update({"lm_head.adapter.1.weight": torch.tensor(1.0)}),
+            r"lm_head\.adapter\.1\.weight must have 2 dimensions above 0, got \[\]",
+        ),
+        (
+            lambda s: s["lm_head.adapter.0.weight"][0, :2].fill_(torch.nan),
+            r"lm_head\.adapter\.0\.weight has 2 NaN or Inf values",
         ),
     ],
 )
@@ -232,6 +250,17 @@ def test_old_modules_take_no_configuration(tmp_path):
     path = old.write(tmp_path / "old", old.state_dict())
     with pytest.raises(ValueError, match=r"GPTJForCausalLM\.from_pretrained: .* nothing to config"):
         hivemind.GPTJForCausalLM.from_pretrained(path, quantization_config=Q8Config())
+
+
+@pytest.mark.parametrize("said", [["logging"], "GPTJForCausalLM", [None], ["GPTJConfig"], []])
+def test_a_class_that_is_no_model(tmp_path, said):
+    """Then config.json's model_type says which."""
+    path = old.write(tmp_path / "old", old.state_dict())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": said}))
+    convert_checkpoint(path, tmp_path / "new")
+    new = gptj_q8.from_pretrained(tmp_path / "new")
+    assert torch.equal(logits(new), logits(gptj_q8.from_pretrained(path)))
 
 
 # Files

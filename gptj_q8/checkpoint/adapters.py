@@ -8,7 +8,7 @@ between them. That is LoRA with a scaling of 1: PEFT's with alpha = r.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptj_q8 import convert
 from gptj_q8.checkpoint import naming
-from gptj_q8.checkpoint.shards import Entry
+from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.checks import FLOATS, one_of_dtypes
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,12 @@ def _check(
     """Returns the rank; ValueError or TypeError unless A and B fit a weight of this shape."""
     for name in (first, second):
         one_of_dtypes(entries[name].file, name, entries[name].dtype, *FLOATS)
-    rank = entries[second].shape[-1] if entries[second].shape else 0
+    if len(entries[second].shape) != 2 or 0 in entries[second].shape:
+        raise ValueError(
+            f"{entries[second].file}: {second} must have 2 dimensions above 0, "
+            f"got {list(entries[second].shape)}"
+        )
+    rank = entries[second].shape[1]
     (rows, columns) = shape
     wanted = {
         first: (rows, rank) if embeds else (rank, columns),
@@ -134,8 +140,28 @@ def _short_names(names: Iterable[str], model: Any) -> list[str]:
     return sorted(short if matched == names else names)
 
 
-def peft_state(adapters: Iterable[Adapter], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of the adapters under PEFT's names; read: gives one of the checkpoint."""
+def refuse_not_finite(entry: Entry, name: str, tensor: Tensor) -> None:
+    """ValueError, naming file and tensor, for NaN or Inf in a part of an adapter.
+
+    A tensor without data (meta) passes.
+    """
+    if not tensor.is_meta:
+        convert.refuse_not_finite({f"{entry.file}: {name}": tensor})
+
+
+def peft_state(
+    adapters: Iterable[Adapter], entries: Mapping[str, Entry], shards: Mapping[str, Shard]
+) -> dict[str, Tensor]:
+    """Returns the tensors of the adapters under PEFT's names; shards: the files of the entries.
+
+    ValueError for NaN or Inf.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = shards[entries[name].file].read(name)
+        refuse_not_finite(entries[name], name, tensor)
+        return tensor
+
     state = {}
     for adapter in adapters:
         name = f"{_WRAPPED}{adapter.module}"

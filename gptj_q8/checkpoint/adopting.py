@@ -63,9 +63,7 @@ class Adopting:
             files |= {self._stored[each.second].file for each in self._adapters}
             shards = {file: Shard(file) for file in files}
             config = adapters.peft_config(self._adapters, model, model.name_or_path)
-            state = adapters.peft_state(
-                self._adapters, lambda name: shards[self._stored[name].file].read(name)
-            )
+            state = adapters.peft_state(self._adapters, self._stored, shards)
             adapters.attach(model, config, state)
 
     def _refuse_on_disk(self, model: Any) -> None:

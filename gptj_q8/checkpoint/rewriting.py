@@ -93,7 +93,8 @@ class Rewriting:
         """Writes the adapters as PEFT's, if there are any; base: where the model will be."""
         if self._adapters:
             config = adapters.peft_config(self._adapters, self._model, base)
-            adapters.save(directory, config, adapters.peft_state(self._adapters, self._read))
+            state = adapters.peft_state(self._adapters, self._stored, self._shards)
+            adapters.save(directory, config, state)
 
     def report(self, bytes_before: int, bytes_after: int) -> ConversionReport:
         """Returns the report: nothing was quantized, so no layer has an error."""

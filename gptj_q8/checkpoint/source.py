@@ -91,8 +91,10 @@ def empty_model(directory: Path) -> tuple[Any, Any]:
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method")
         raise ValueError(f"{directory}: is quantized already ({method})")
-    name = (getattr(config, "architectures", None) or [""])[0]
+    said = getattr(config, "architectures", None) or []
+    names = [name for name in ([said] if isinstance(said, str) else said) if isinstance(name, str)]
+    kind = getattr(transformers, names[0], None) if names else None
     with torch.device("meta"):
-        if hasattr(transformers, name):
-            return config, getattr(transformers, name)(config)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return config, kind(config)
         return config, transformers.AutoModelForCausalLM.from_config(config)
