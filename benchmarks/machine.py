@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cold import last_level_cache
 from benchmarks.results import Machine, Results
+from gptj_q8.doctor.machine import cpu_model, usable_cores
 
 PACKAGES = ("gptj_q8", "torch", "triton", "transformers", "bitsandbytes", "torchao")
 
@@ -21,9 +22,9 @@ def describe(device: torch.device) -> Machine:
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return Machine(
         device=device.type,
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         gpu=gpu.name if gpu else None,
@@ -48,14 +49,6 @@ def slug(device: torch.device) -> str:
     """The device's name as a file name: NVIDIA H100 80GB HBM3 is nvidia-h100-80gb-hbm3."""
     machine = describe(device)
     return re.sub(r"[^a-z0-9]+", "-", (machine.gpu or machine.cpu).lower()).strip("-")
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ _HOMES = {
     "set_attn_implementation": "gptj_q8.models.gptj_modules",
     "set_chunked_loss": "gptj_q8.models.gptj_modules",
 }
-_MODULES = ("demo", "evaluate", "optim")
+_MODULES = ("demo", "doctor", "evaluate", "optim")
 __all__ = [*_HOMES, *_MODULES, "ops"]
 
 

@@ -26,7 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "convert", "generate", "memory", "evaluate", "finetune", "merge", "tune"]
+    "command",
+    ["demo", "convert", "generate", "memory", "evaluate", "finetune", "merge", "tune", "doctor"],
 )
 def test_help_tells_of_every_command(command: str) -> None:
     assert command in run("--help").stdout

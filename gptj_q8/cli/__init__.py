@@ -8,6 +8,7 @@ import typer
 
 from gptj_q8.cli.convert import convert_command
 from gptj_q8.cli.demo import demo_command
+from gptj_q8.cli.doctor import doctor_command
 from gptj_q8.cli.errors import Settings, guarded
 from gptj_q8.cli.evaluate import evaluate_command
 from gptj_q8.cli.finetune import finetune_command
@@ -31,6 +32,7 @@ app.command("evaluate")(guarded(evaluate_command))
 app.command("finetune")(guarded(finetune_command))
 app.command("memory")(guarded(memory_command))
 app.command("merge")(guarded(merge_command))
+app.command("doctor")(guarded(doctor_command))
 app.command("tune")(guarded(tune_command))
 
 
