@@ -4,17 +4,24 @@ They find quantizers and layers in tables of theirs, not by entry points, and ta
 import, so `import gptj_q8` must not import them. It leaves a hook behind for each instead.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 # Module to wait for -> module of ours that registers something there, and what is lost if it fails.
 _WAITING = {
     "transformers.quantizers.auto": ("gptj_q8.hf", "from_pretrained will not load 8-bit models"),
+    "transformers.modeling_utils": (
+        "gptj_q8.hf.refusals",
+        "what Transformers does wrong with 8 bits will not be refused",
+    ),
     "peft": ("gptj_q8.lora", "PEFT's adapters will not work on 8-bit layers"),
 }
 
@@ -35,6 +42,25 @@ def _import_ours(name: str) -> None:
     except (ImportError, AttributeError) as error:
         # Our modules and kernels work without their help, so leave their import in peace.
         warnings.warn(f"gptj_q8: {loss}: {error}", stacklevel=2)
+
+
+def guard(owner: type, method: str, check: Callable[..., None]) -> None:
+    """Lets `check` look at the arguments of another library's method, and raise, before it runs.
+
+    Done twice it is as done once. AttributeError for a method that is not there.
+    """
+    original = getattr(owner, method)
+    if hasattr(original, "gptj_q8_checks"):
+        return
+
+    @functools.wraps(original)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(checked, "gptj_q8_checks", check)  # noqa: B010
+    is_static = isinstance(inspect.getattr_static(owner, method), staticmethod)
+    setattr(owner, method, staticmethod(checked) if is_static else checked)
 
 
 class _Hook(importlib.abc.MetaPathFinder):

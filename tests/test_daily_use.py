@@ -294,8 +294,10 @@ def test_a_classifier_trains_its_head_on_8_bits(float_dir):
 @pytest.mark.parametrize("size", [VOCABULARY - 2, VOCABULARY + 14])
 def test_resizing_is_refused_and_changes_nothing(model, size):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="the weight of a quantized module is read-only"):
+    with pytest.raises(ValueError, match=rf"resize_token_embeddings: the 130 .* become {size}; "):
         model.resize_token_embeddings(size)
+    with pytest.raises(ValueError, match="in 8 bits and cannot become 192"):
+        model.resize_token_embeddings(pad_to_multiple_of=64)
     assert model.config.vocab_size == VOCABULARY
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -328,6 +330,7 @@ def test_resizing_the_float_model_before(float_dir):
 
 def test_resizing_to_the_same_size_is_no_change(model):
     assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
+    assert model.resize_token_embeddings(pad_to_multiple_of=65) is model.get_input_embeddings()
 
 
 # What Transformers' own tests of GPT-J ask of it, on a quantized one

@@ -150,6 +150,21 @@ def test_imported_before_transformers(stored_dir):
     assert result.stdout.splitlines() == ["Q8Linear"], result.stderr
 
 
+@pytest.mark.parametrize("order", ["gptj_q8, transformers", "transformers, gptj_q8"])
+def test_methods_of_transformers_are_guarded_once_whatever_the_order(order):
+    code = f"""if True:
+        import {order}, importlib
+        from transformers import PreTrainedModel
+        import gptj_q8.hf.refusals
+        importlib.reload(gptj_q8.hf.refusals)
+        for name in ("_load_pretrained_model", "_get_resized_embeddings"):
+            method = getattr(PreTrainedModel, name)
+            print(method.gptj_q8_checks.__name__, hasattr(method.__wrapped__, "gptj_q8_checks"))"""
+    result = run_python(code)
+    expected = ["check_load False", "check_resize False"]
+    assert result.stdout.splitlines() == expected, result.stderr
+
+
 def test_imported_after_transformers_and_not_at_all(stored_dir):
     """Without gptj_q8 it raises, rather than go on with random weights."""
     code = """if True:

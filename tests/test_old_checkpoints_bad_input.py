@@ -12,6 +12,7 @@ from typing import Any
 import hivemind_layout as old
 import pytest
 import torch
+import transformers
 from tiny import contents, gpt2, gptj, logits, relative
 from transformers import GPTJForCausalLM
 
@@ -250,6 +251,33 @@ def test_old_modules_take_no_configuration(tmp_path):
     path = old.write(tmp_path / "old", old.state_dict())
     with pytest.raises(ValueError, match=r"GPTJForCausalLM\.from_pretrained: .* nothing to config"):
         hivemind.GPTJForCausalLM.from_pretrained(path, quantization_config=Q8Config())
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors", "bin-shards"])
+def test_plain_transformers_does_not_take_codes_for_weights(tmp_path, form):
+    """It would: config.json says nothing of 8 bits. Its own models load as ever."""
+    path = old.write(tmp_path / "old", old.state_dict(), form)
+    for load in (
+        transformers.AutoModelForCausalLM.from_pretrained,
+        GPTJForCausalLM.from_pretrained,
+        transformers.GPTJModel.from_pretrained,
+    ):
+        message = (
+            r"old/(pytorch_)?model\S*: lm_head\.weight is in 8 bits, .*gptj_q8\.from_pretrained"
+        )
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    gptj().save_pretrained(tmp_path / "float")
+    plain = GPTJForCausalLM.from_pretrained(tmp_path / "float")
+    assert torch.equal(logits(plain), logits(gptj()))
+
+
+def test_plain_transformers_still_says_what_is_amiss(tmp_path):
+    """Files that cannot be looked into fail as they do without this package."""
+    path = old.write(tmp_path / "old", old.state_dict())
+    (path / "pytorch_model.bin").write_bytes(b"x" * 100)
+    with pytest.raises(Exception, match=r"(?i)unpickl|pickle|weights.only|load key"):
+        GPTJForCausalLM.from_pretrained(path)
 
 
 @pytest.mark.parametrize("said", [["logging"], "GPTJForCausalLM", [None], ["GPTJConfig"], []])

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import other
 from torch import nn
 
+from gptj_q8._register import guard
 from gptj_q8.lora import refusals
 from gptj_q8.lora.layers import Q8LoraEmbedding, Q8LoraLinear
 from gptj_q8.models.layers import Quantized
@@ -37,7 +38,7 @@ def register() -> None:
         (other.ModulesToSaveWrapper, "__init__", refusals.check_saved_module),
         (peft.PeftModel, "_setup_prompt_encoder", refusals.check_prompt),
     ):
-        setattr(owner, method, _checked(check, getattr(owner, method)))
+        guard(owner, method, check)
     peft.PeftModel.save_pretrained = _saving(peft.PeftModel.save_pretrained)
     prepare = _preparing(other.prepare_model_for_kbit_training)
     for module in (peft, peft.utils, other):
@@ -55,17 +56,6 @@ def _creating(original: Callable[..., Any]) -> Callable[..., Any]:
         return layer(target, adapter_name, config=lora_config, **kwargs)
 
     return create
-
-
-def _checked(check: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, its arguments looked at by `check` before it."""
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    return method
 
 
 def _saving(original: Callable[..., None]) -> Callable[..., None]:

@@ -1,18 +1,12 @@
-"""The Transformers quantizer: loads, saves and dequantizes 8-bit models.
-
-Importing this module registers it.
-"""
+"""What Transformers asks of a quantizer: loads, saves and dequantizes 8-bit models."""
 
 import copy
-import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from gptj_q8 import convert, tied
@@ -20,19 +14,17 @@ from gptj_q8.checkpoint import naming, old, stored
 from gptj_q8.checkpoint.adopting import Adopting
 from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
+from gptj_q8.hf.quantizing import QuantizeOnLoad, Quantizing
 from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.quantized import check_stored_parts
-
-logger = logging.getLogger(__name__)
 
 
 class Q8HfQuantizer(HfQuantizer):
     """What Transformers asks of a quantizer.
 
-    A float checkpoint is loaded into the float skeleton, and each weight is quantized as it comes:
-    given a skeleton with uint8 weights, Transformers up to 5.22 would cast the checkpoint to uint8
-    first. A stored 8-bit model is loaded into a skeleton of 8-bit modules, and so is a checkpoint
-    of the hivemind family, which is known by its tensors, whatever config.json says.
+    A float checkpoint is loaded into the float skeleton (see `Quantizing`). A stored 8-bit model is
+    loaded into a skeleton of 8-bit modules, and so is a checkpoint of the hivemind family, which is
+    known by its tensors, whatever config.json says (see `Adopting`).
     """
 
     quantization_config: Q8Config
@@ -40,14 +32,11 @@ class Q8HfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Q8Config, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        # Name of each module to quantize while loading -> those that share its weight, itself too.
-        self._groups: dict[str, list[str]] = {}
-        self._refused: list[str] = []
-        self._restore_fp32_names: Any = None
         self._float_rules: Any = None  # by which Transformers names tensors when it saves the model
         self._loads_state_dict = False  # and not files, whose headers can be checked beforehand
         self._files: dict[str, str] = {}  # that each 8-bit module's scales are in, for messages
         self._adopting: Adopting | None = None  # a checkpoint of the hivemind family
+        self._quantizing: Quantizing | None = None  # a float checkpoint
 
     @property
     def is_trainable(self) -> bool:
@@ -66,8 +55,7 @@ class Q8HfQuantizer(HfQuantizer):
         return True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        module_name, _, own_name = param_name.rpartition(".")
-        return own_name == "weight" and module_name in self._groups
+        return self._quantizing is not None and self._quantizing.takes(param_name)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes per element once loaded; Transformers reserves a GPU's memory by it."""
@@ -76,7 +64,8 @@ class Q8HfQuantizer(HfQuantizer):
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeOnLoad(self)
+        assert self._quantizing is not None
+        return QuantizeOnLoad(self._quantizing)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -87,7 +76,7 @@ class Q8HfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_8bit_skeleton(model, entries)
         else:
-            self._prepare_float_skeleton(model, entries)
+            self._quantizing = Quantizing(model, self.quantization_config, entries)
 
     def _adopt(self, model: Any, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
         """Returns the entries of a checkpoint of the hivemind family as if it were one of ours."""
@@ -104,26 +93,6 @@ class Q8HfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         renamings = self._adopting.renamings if self._adopting else []
         return [*super().get_weight_conversions(), *renamings]
-
-    def _prepare_float_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
-        config = self.quantization_config
-        groups = convert.targets(model, config, model.all_tied_weights_keys)
-        if not groups:
-            raise ValueError("gptj_q8: the model has no nn.Linear or nn.Embedding to quantize")
-        if unmatched := convert.unmatched_exemptions(model, config):
-            logger.warning("modules_to_not_convert matches no module: %s", ", ".join(unmatched))
-        for names in groups:
-            convert.check_convertible("from_pretrained", names[0], model.get_submodule(names[0]))
-        convert.warn_of_float(model, groups, config)
-        self._groups = {name: names for names in groups for name in names}
-        # Transformers casts weights to the model's dtype before we see them, and what that rounds
-        # away adds to our error (bfloat16 from float16: 4 % more). So where the dtypes differ, let
-        # the weights to quantize arrive in float32.
-        names = self._restore_fp32_names = model._keep_in_fp32_modules_strict
-        dtypes = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
-        if any(dtype is not None and dtype != model.dtype for dtype in dtypes):
-            exact = {rf"(?:^|\.){re.escape(name)}\.weight$" for name in self._groups}
-            model._keep_in_fp32_modules_strict = set(names or ()) | exact
 
     def _prepare_8bit_skeleton(self, model: Any, entries: Mapping[str, Entry]) -> None:
         block_size = self.quantization_config.block_size
@@ -152,52 +121,10 @@ class Q8HfQuantizer(HfQuantizer):
         own_names = [name.removeprefix(f"{prefix}.") for name, _ in layers(model)]
         _ignore_keys(model, "unexpected", [rf"(^|\.){name}\.weight$" for name in own_names])
 
-    def quantize_loaded(
-        self, model: Any, param_name: str, weight: Tensor, missing_keys: set[str]
-    ) -> dict[str, Tensor]:
-        """Puts an 8-bit module in the place of one whose weight has come; returns its parts."""
-        name = param_name.removesuffix(".weight")
-        module = model.get_submodule(name)
-        try:
-            convert.refuse_not_finite({param_name: weight})
-        except ValueError as error:
-            # Transformers turns what is raised here into a line of its loading report, so this
-            # waits until _process_model_after_weight_loading.
-            self._refused.append(str(error))
-            return {}
-        if isinstance(module, Quantized):
-            self._load_tied_twice(model, name, module, weight)
-            return {}
-        dtype = module.weight.dtype
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        names = [name, *(other for other in self._groups[name] if other != name)]
-        first = convert.swap(model, names, self.quantization_config)
-        for other in names:
-            layer = model.get_submodule(other)
-            layer.dtype = dtype
-            missing_keys.discard(f"{other}.weight")
-        tied.tie_codes(model)
-        return {f"{name}.{part}": getattr(first, part) for part in stored.PARTS}
-
-    def _load_tied_twice(self, model: Any, name: str, layer: Quantized, weight: Tensor) -> None:
-        """Takes in a tied weight that the checkpoint holds under both names."""
-        twin = layer.to_float(nn.Parameter(weight, requires_grad=False))
-        own: Any = convert.from_float(twin, self.quantization_config)
-        if torch.equal(own.codes, layer.codes) and torch.equal(own.absmax, layer.absmax):
-            return
-        # Transformers, too, believes the weights over config.json's tie_word_embeddings.
-        logger.warning("%s is stored with values of its own, so it will not be tied", name)
-        own.dtype = layer.dtype
-        tied.untie(model, name)
-        model.set_submodule(name, own)
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self._refused:
-            raise ValueError("; ".join(self._refused))
-        if not self.pre_quantized:
-            model._keep_in_fp32_modules_strict = self._restore_fp32_names
-            self._groups = {}
-            self.pre_quantized = True
+        if self._quantizing is not None:
+            self._quantizing.finish()
+            self._quantizing, self.pre_quantized = None, True
         if self._adopting is not None:
             self._adopting.finish(model)
             self._adopting = None
@@ -254,32 +181,6 @@ class Q8HfQuantizer(HfQuantizer):
         return model
 
 
-class _QuantizeOnLoad(ConversionOps):
-    """Quantizes the weights that Transformers has just read."""
-
-    def __init__(self, quantizer: Q8HfQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *args: Any,
-        model: Any = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """input_dict: full parameter name -> tensor, or a list of one."""
-        missing = missing_keys if missing_keys is not None else set()
-        loaded = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            if self.quantizer.param_needs_quantization(model, name):
-                loaded.update(self.quantizer.quantize_loaded(model, name, weight, missing))
-            else:
-                loaded[name] = weight
-        return loaded
-
-
 def layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     """Name and module of every 8-bit layer."""
     for name, module in model.named_modules():
@@ -311,9 +212,3 @@ def _refuse_unclaimed(
         shell = convert.shell(model.get_submodule(name), block_size=32)
         if other := shapes.get(tuple(shell.codes.shape)):
             raise ValueError(f"the checkpoint holds no {name}, but an 8-bit {other} of its shape")
-
-
-# Assigned rather than registered through Transformers' decorators, which raise when this module is
-# imported again.
-AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = Q8Config
-AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = Q8HfQuantizer
