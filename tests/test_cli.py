@@ -242,3 +242,15 @@ def test_tune_without_a_gpu_says_what_is_missing() -> None:
     result = run("tune", "--device", "cpu")
     assert result.exit_code == 1
     assert "tune needs a GPU" in result.stderr
+
+
+def test_retries_of_the_hub_are_not_told() -> None:
+    code = (
+        "import logging\n"
+        "from gptj_q8.cli.load import quieten\n"
+        "quieten()\n"
+        "import datasets\n"
+        "print(logging.getLogger('huggingface_hub.utils._http').isEnabledFor(logging.WARNING))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -216,6 +216,16 @@ def test_dequantized_under_its_adapters_it_merges_exactly(eight_bit: GPTJForCaus
             assert relative(logits(a.merge_and_unload()), before) < EXACT
 
 
+def test_unmerging_what_was_dequantized_since_is_refused(eight_bit: GPTJForCausalLM) -> None:
+    a = attach(eight_bit, lora())
+    a.merge_adapter()
+    gptj_q8.dequantize_(a.get_base_model())
+    merged = logits(a)
+    with pytest.raises(RuntimeError, match="default were merged into 8 bits and the model deq"):
+        a.unmerge_adapter()
+    assert torch.equal(logits(a), merged)
+
+
 def test_merging_nan_or_tied_layers_is_refused_and_changes_nothing(
     eight_bit: GPTJForCausalLM,
 ) -> None:

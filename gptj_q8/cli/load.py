@@ -162,14 +162,16 @@ def token_ids(tokens: PreTrainedTokenizerBase, content: str, limit: int | None) 
 def quieten() -> None:
     """Leaves libraries their errors only; their bars and hints would tear the screen."""
     # Transformers imports torchao where it is installed, which tells of each GPU library that it
-    # cannot load, and makes PyTorch warn of its enums. huggingface_hub tells of every retry.
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub", "bitsandbytes"):
+    # cannot load, and makes PyTorch warn of its enums.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch|torchao|huggingface_hub)\b.*")
     warnings.showwarning = _say_warning
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()  # else it tells of every retry; its import sets it back
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -110,11 +110,19 @@ class RequantizingLayer(LoraLayer):
         self._before_merge, self.merged_adapters = before, names
 
     def unmerge(self) -> None:
-        """Takes all merged adapters out again, exactly."""
+        """Takes all merged adapters out again, exactly.
+
+        RuntimeError if the layer was dequantized since: that decoded the rounded sum.
+        """
         if self._before_merge is None:
             super().unmerge()
             return
         base: Any = self.get_base_layer()
+        if not isinstance(base, QuantizedWeight):
+            raise RuntimeError(
+                f"unmerge: {', '.join(self.merged_adapters)} were merged into 8 bits and the model "
+                "dequantized after that; unmerge first, then dequantize"
+            )
         parts = {name: part.to(base.codes.device) for name, part in self._before_merge.items()}
         base.codes = FrozenCodes(parts["codes"], requires_grad=False)
         base.absmax, base.codebook = parts["absmax"], parts["codebook"]
