@@ -90,8 +90,8 @@ def _load_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
 def load_as_stored(name: str, **kwargs: Any) -> Any:
     """Loads a causal language model in floats or in 8 bits, as it is stored.
 
-    name: a directory or a Hub id; the rest as in `from_pretrained`. Transformers alone takes the
-    8-bit weights of the hivemind family, of which config.json says nothing, for floats.
+    name: a directory or a Hub id; the rest as in `from_pretrained`. Transformers alone does not see
+    that a checkpoint of the hivemind family is in 8 bits, for config.json says nothing of it.
     """
     from transformers import AutoModelForCausalLM
 
