@@ -10,7 +10,7 @@ import hivemind_layout as old
 import pytest
 import torch
 from command_line import float32, read_json, run, save_byte_gptj
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import IDS, contents, load, logits, relative
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
@@ -132,6 +132,34 @@ def test_saving_adapters_that_came_along(tmp_path):
     trainable = {name for name, p in again.named_parameters() if p.requires_grad}
     assert len(trainable) == 28
     assert all(".lora_" in name for name in trainable)
+
+
+def test_new_adapters_do_not_mix_with_those_that_came_along(tmp_path):
+    """PEFT would have overwritten some and kept the others."""
+    state = old.state_dict(adapters="hivemind")
+    model = gptj_q8.from_pretrained(old.write(tmp_path, state))
+    own = model.peft_config["default"]
+    for add in (lambda: get_peft_model(model, lora()), lambda: gptj_q8.add_lora(model)):
+        with pytest.raises(ValueError, match="loaded with an adapter named 'default'"):
+            add()
+    assert model.peft_config == {"default": own}
+    assert relative(logits(model), old.old_logits(state)) < CLOSE
+    both = get_peft_model(model, lora(), adapter_name="new")
+    bare = old.old_logits(old.state_dict())
+    assert relative(logits(both), bare) < CLOSE  # the new one is active, and changes nothing yet
+    both.base_model.set_adapter(["default", "new"])
+    assert relative(logits(both), old.old_logits(state)) < CLOSE
+
+
+def test_new_adapters_in_the_place_of_those_that_came_along(tmp_path):
+    model = gptj_q8.from_pretrained(old.write(tmp_path, old.state_dict(adapters="hivemind")))
+    model.delete_adapter("default")
+    tuned = get_peft_model(model, lora())
+    assert relative(logits(tuned), old.old_logits(old.state_dict())) < CLOSE
+
+
+def lora():
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 
 
 def test_an_adapter_that_does_not_name_its_model(tmp_path):

@@ -16,6 +16,21 @@ from gptj_q8.nn import Q8Embedding
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
+def check_name(
+    tuner: Any, model: Any, config: Any, adapter_name: str, *args: Any, **_: Any
+) -> None:
+    """ValueError for an adapter under the name of one that the model was loaded with.
+
+    PEFT would put its weights in the place of those, and keep what only those have.
+    """
+    own = getattr(model, "_hf_peft_config_loaded", False) and getattr(model, "peft_config", {})
+    if own and adapter_name in own and any(_layers(model)):
+        raise ValueError(
+            f"the model was loaded with an adapter named {adapter_name!r}, which is attached and "
+            "trainable; take it off (model.delete_adapter) or give the new one another name"
+        )
+
+
 def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **_: Any) -> None:
     """ValueError for an adapter that an 8-bit model cannot have."""
     layers = [name for name, _ in _layers(model)]

@@ -33,6 +33,7 @@ def register() -> None:
         return
     LoraModel._create_new_module = staticmethod(_creating(LoraModel._create_new_module))
     for owner, method, check in (
+        (BaseTuner, "__init__", refusals.check_name),
         (BaseTuner, "inject_adapter", refusals.check_adapter),
         (LoraModel, "_check_merge_allowed", refusals.check_merge),
         (other.ModulesToSaveWrapper, "__init__", refusals.check_saved_module),
