@@ -320,6 +320,45 @@ def test_overwriting_and_progress(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
 
 
+@pytest.mark.parametrize("kind", ["none", "attention"])
+def test_adapters_of_an_earlier_conversion_go_with_its_model(tmp_path, kind):
+    old.write(tmp_path / "old", old.state_dict(adapters="hivemind"))
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    before = contents(tmp_path / "new" / "adapter")
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    other = old.state_dict(adapters=kind)
+    old.write(tmp_path / "other", other)
+    convert_checkpoint(tmp_path / "other", tmp_path / "new", overwrite=True)
+    after = contents(tmp_path / "new")
+    assert after.pop("notes.txt") == b"mine"
+    if kind == "none":
+        assert not any(name.startswith("adapter") for name in after)
+    else:
+        assert contents(tmp_path / "new" / "adapter") != before
+        tuned = PeftModel.from_pretrained(load(tmp_path / "new"), tmp_path / "new" / "adapter")
+        assert relative(logits(tuned), old.old_logits(other)) < CLOSE
+
+
+def test_trained_adapters_outlive_an_overwritten_model(tmp_path):
+    """Where they are in the way, it is refused; else they stay."""
+    old.write(tmp_path / "old", old.state_dict(adapters="hivemind"))
+    old.write(tmp_path / "bare", old.state_dict())
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    place = tmp_path / "new" / "adapter"
+    tuned = PeftModel.from_pretrained(load(tmp_path / "new"), place, is_trainable=True)
+    tuned.save_pretrained(place)
+    before = contents(tmp_path / "new")
+    with pytest.raises(FileExistsError, match=r"new/adapter was not written by a conversion"):
+        convert_checkpoint(tmp_path / "old", tmp_path / "new", overwrite=True)
+    assert contents(tmp_path / "new") == before
+    convert_checkpoint(tmp_path / "bare", tmp_path / "new", overwrite=True)
+    assert contents(place) == {
+        name.removeprefix("adapter/"): data
+        for name, data in before.items()
+        if name.startswith("adapter/")
+    }
+
+
 def test_a_head_of_another_kind(tmp_path):
     """The body of the model is there, the new head is reported as for any checkpoint."""
     from transformers import GPTJForSequenceClassification

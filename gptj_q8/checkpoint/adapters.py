@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # What PEFT puts before the names of the model that it wraps.
 _WRAPPED = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+# In their metadata, the sign that nobody trained them since they were converted.
+_ORIGIN = "gptj_q8"
 _PART = re.compile(r"(.+)\.adapter\.(\d+)\.weight")
 
 
@@ -181,7 +184,15 @@ def save(directory: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     config.inference_mode = True
     config.save_pretrained(str(directory))
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt", _ORIGIN: "converted"})
+
+
+def was_converted(directory: Path) -> bool:
+    """Whether `save` wrote this adapter, so that another conversion may replace it."""
+    try:
+        return _ORIGIN in Shard(directory / _WEIGHTS).metadata
+    except (OSError, ValueError):
+        return False
 
 
 def attach(model: Any, config: Any, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptj_q8 import checks, convert, ops
-from gptj_q8.checkpoint import naming, old, stored
+from gptj_q8.checkpoint import adapters, naming, old, stored
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
@@ -46,7 +46,8 @@ def convert_checkpoint(
 
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
-    replaced, never the source. FileNotFoundError without weights or with a shard missing;
+    replaced, with the adapters that an earlier conversion put there, but never the source or other
+    adapters. FileNotFoundError without weights or with a shard missing;
     ValueError for NaN or Inf, for damaged files, for a weight that is missing or of another shape,
     for an entry of modules_to_not_convert that matches no module, and for a model that is
     quantized already.
@@ -59,7 +60,8 @@ def convert_checkpoint(
     if Path(source).is_dir() and Path(source).resolve() == target:
         raise FileExistsError(f"{target} is the source itself; choose another place")
     shard_bytes = parse_size(max_shard_size)
-    with new_directory(target, overwrite) as partial:
+    replaced = [ADAPTER] if adapters.was_converted(target / ADAPTER) else []
+    with new_directory(target, overwrite, replaced) as partial:
         directory = local_directory(source, revision)
         files = find(directory)
         stored_entries = stored.entries(files)
@@ -71,7 +73,8 @@ def convert_checkpoint(
                     "modules_to_not_convert are for float models"
                 )
             job = Rewriting(directory, stored_entries, dtype)
-            job.write_adapters(partial / ADAPTER, str(target))
+            if job.write_adapters(partial / ADAPTER, str(target)) and not replaced:
+                _check_free(target / ADAPTER)
         else:
             job = _Quantizing(directory, stored_entries, config, dtype)
         entries = job.announce()
@@ -96,6 +99,13 @@ def convert_checkpoint(
 
 # Where in the target the adapters go.
 ADAPTER = "adapter"
+
+
+def _check_free(place: Path) -> None:
+    if place.exists():
+        raise FileExistsError(
+            f"{place} was not written by a conversion and would be lost; move it elsewhere"
+        )
 
 
 @dataclass(frozen=True)

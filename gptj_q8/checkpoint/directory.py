@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,12 +12,12 @@ _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bi
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+def new_directory(target: Path, overwrite: bool, replaced: Sequence[str] = ()) -> Iterator[Path]:
     """Gives a directory to fill that becomes `target` if and only if the block ends well.
 
     Until then it stands beside `target`, which must not be a link, under another name. With
-    `overwrite`, an old model directory gives way in one rename; its files other than weights move
-    to the new one.
+    `overwrite`, an old model directory gives way in one rename; what it holds beside weights and
+    those named in `replaced` moves to the new one.
     FileExistsError when `target` holds something else, or anything without `overwrite`.
     """
     _check_target(target, overwrite)
@@ -31,14 +31,14 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         _check_target(target, overwrite)
         for path in (*partial.rglob("*"), partial):
             _sync(path)
-        _put(partial, target)
+        _put(partial, target, replaced)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _put(partial: Path, target: Path) -> None:
+def _put(partial: Path, target: Path, replaced: Sequence[str]) -> None:
     if not target.exists() or not any(target.iterdir()):
         partial.rename(target)
         return
@@ -49,7 +49,7 @@ def _put(partial: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-    _keep_others(old, target)
+    _keep_others(old, target, replaced)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -77,10 +77,11 @@ def _holds_model(folder: Path) -> bool:
         return False
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Moves what the new directory lacks from the old one, except weights, and drops the rest."""
+def _keep_others(old: Path, new: Path, replaced: Sequence[str]) -> None:
+    """Moves what the new directory lacks from the old one, except what is replaced; drops that."""
     for path in old.iterdir():
-        if not _WEIGHT_FILE.fullmatch(path.name) and not (new / path.name).exists():
+        is_replaced = _WEIGHT_FILE.fullmatch(path.name) or path.name in replaced
+        if not is_replaced and not (new / path.name).exists():
             path.rename(new / path.name)
     shutil.rmtree(old)
 

@@ -89,12 +89,13 @@ class Rewriting:
     def _read(self, name: str) -> Tensor:
         return self._shards[self._stored[name].file].read(name)
 
-    def write_adapters(self, directory: Path, base: str) -> None:
-        """Writes the adapters as PEFT's, if there are any; base: where the model will be."""
+    def write_adapters(self, directory: Path, base: str) -> bool:
+        """Writes the adapters as PEFT's; False if there are none. base: where the model will be."""
         if self._adapters:
             config = adapters.peft_config(self._adapters, self._model, base)
             state = adapters.peft_state(self._adapters, self._stored, self._shards)
             adapters.save(directory, config, state)
+        return bool(self._adapters)
 
     def report(self, bytes_before: int, bytes_after: int) -> ConversionReport:
         """Returns the report: nothing was quantized, so no layer has an error."""
