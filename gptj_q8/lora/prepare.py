@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_trainable
 from torch import nn
 
+from gptj_q8.lora.allocator import return_large_blocks
 from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.norm import Float32LayerNorm
@@ -30,6 +31,9 @@ def prepare_for_finetuning(
 
     A GPT-J also gets what `gptj_q8.save_memory` does: attention through PyTorch's
     `scaled_dot_product_attention`, and a loss in chunks, beside which there are no `logits`.
+
+    On a CPU under glibc, memory of large tensors goes back to the system when they are freed
+    (`lora.allocator`), for the whole process.
 
     In distributed training (DDP) the scales of 8-bit layers then stay out of the broadcast of
     buffers before each forward; the ranks must have loaded the same model.
@@ -61,6 +65,8 @@ def prepare_for_finetuning(
     if train_1d:
         _train_1d(model)
     save_memory(model)
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return_large_blocks()
     if not getattr(_base(model), "_require_grads_hooks", None):
         model.enable_input_require_grads()
     if checkpointing:
