@@ -109,11 +109,11 @@ def measure(layers: int, tokens: int, rank: int) -> dict[str, Any]:
     }
 
 
-def trainable(model: Any, rank: int, **options: Any) -> Any:
-    """The model with an adapter, ready to train; options are PEFT's."""
+def trainable(model: Any, rank: int) -> Any:
+    """The model with an adapter, ready to train."""
     from gptj_q8.lora import add_lora, prepare_for_finetuning
 
-    return prepare_for_finetuning(add_lora(model, r=rank, **options), verbose=False)
+    return prepare_for_finetuning(add_lora(model, r=rank), verbose=False)
 
 
 def example(tokens: int) -> Tensor:

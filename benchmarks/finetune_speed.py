@@ -67,8 +67,11 @@ def make_step(system: str, layers: int) -> Callable[[int], None]:
     from gptj_q8.optim import AdamW8bit
 
     torch.manual_seed(0)
-    model: Any = trainable(build(system, layers)[0], RANK, autocast_adapter_dtype=False)
-    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model: Any = trainable(build(system, layers)[0], RANK)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in adapters:  # in float32 PEFT would cast x and the output in the other's favour
+        parameter.data = parameter.data.bfloat16()
+    optimizer = AdamW8bit(adapters, lr=1e-5)
 
     def step(tokens: int) -> None:
         ids = example(tokens)
