@@ -9,8 +9,7 @@ import sys
 # mallopt's names for them, in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 LARGE = 2**20
-"""Bytes. Each MiB of a fresh block costs about 0.2 ms of page faults, which counts up to 2 or 3 % of
-a step."""
+"""Bytes. Each MiB of a fresh block costs about 0.2 ms of page faults."""
 
 
 def return_large_blocks() -> bool:
