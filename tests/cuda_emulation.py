@@ -72,6 +72,15 @@ class Emulator:
             self._library.cuda_on_cpu_set_gpu(4, 227 * 1024, 90)
 
     @contextlib.contextmanager
+    def last_block_only(self) -> Iterator[None]:
+        """Within it launches run their last block and no other: for sizes that take too long."""
+        self._library.cuda_on_cpu_set_last_block_only(1)
+        try:
+            yield
+        finally:
+            self._library.cuda_on_cpu_set_last_block_only(0)
+
+    @contextlib.contextmanager
     def without(self, site: str) -> Iterator[None]:
         """Within it the barrier or wait at "file:line" does nothing."""
         file, line = site.split(":")

@@ -67,6 +67,7 @@ struct EmulatedGpu {
 EmulatedGpu gpu;
 
 int order = 0;  // 0 as numbered, 1 backwards, else a seed
+bool last_block_only = false;
 std::mt19937 random_numbers;
 std::string omitted_file;
 int omitted_line = 0;
@@ -260,8 +261,13 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   blockDim = block;
   gridDim = grid;
   random_numbers.seed(order);
-  std::vector<int64_t> turns(blocks);
-  arrange(turns);
+  std::vector<int64_t> turns;
+  if (last_block_only) {
+    turns = {static_cast<int64_t>(blocks) - 1};
+  } else {
+    turns.resize(blocks);
+    arrange(turns);
+  }
   for (const int64_t number : turns) {
     blockIdx.x = number % grid.x;
     blockIdx.y = number / grid.x % grid.y;
@@ -318,6 +324,10 @@ __attribute__((visibility("default"))) void cuda_on_cpu_set_gpu(int processors, 
 
 __attribute__((visibility("default"))) void cuda_on_cpu_set_order(int value) {
   cuda_on_cpu::order = value;
+}
+
+__attribute__((visibility("default"))) void cuda_on_cpu_set_last_block_only(int value) {
+  cuda_on_cpu::last_block_only = value != 0;
 }
 
 // line 0: nothing is left out.
