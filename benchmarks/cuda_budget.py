@@ -50,19 +50,18 @@ class Kernel:
     weights: int
 
 
-def kernel_for(op: str, gpu: str, rows: int) -> Kernel | None:
-    """What csrc/cuda chooses for float16 and GPT-J's shapes; None where it leaves it to others."""
+def kernel_for(op: str, gpu: str, rows: int) -> Kernel:
+    """What csrc/cuda chooses for float16 and GPT-J's shapes."""
+    narrow = "true" if gpu == "T4" else "false"
+    weights = 32 if gpu == "T4" else 64
     if op == "linear_grad_input":
         tile = 2 if rows <= 16 else 8
-        name = f"grad_tensor_kernel<f16, {tile}>"
-        return None if gpu == "T4" else Kernel(op, name, 8 * tile, 64)
+        return Kernel(op, f"grad_tensor_kernel<f16, {tile}, {narrow}>", 8 * tile, weights)
     if rows <= (4 if gpu == "T4" else 2):
         tile = 4 if rows == 3 else rows
         return Kernel(op, f"linear_few_rows_kernel<f16, {tile}>", tile, 64)
     tiles = (1, 4) if gpu == "T4" else (1, 2, 4, 8)
     tile = next((t for t in tiles if rows <= 8 * t), tiles[-1])
-    narrow = "true" if gpu == "T4" else "false"
-    weights = 32 if gpu == "T4" else 64
     return Kernel(op, f"linear_tensor_kernel<f16, {tile}, {narrow}>", 8 * tile, weights)
 
 
@@ -118,11 +117,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{op:34}{'M':>4}" + "".join(f"{name:>9}" for name in columns))
         for gpu in GPUS:
             for m in options.m:
-                if kernel := kernel_for(op, gpu, m):
-                    found = budget(kernel, gpu, m)
-                    numbers = "".join(f"{getattr(found, name):9.1f}" for name in columns[:-1])
-                    what = f"{gpu} {kernel.name.replace('_kernel', '')}"
-                    print(f"{what:40.40}{m:4}{numbers}{found.reach:9.2f}")
+                kernel = kernel_for(op, gpu, m)
+                found = budget(kernel, gpu, m)
+                numbers = "".join(f"{getattr(found, name):9.1f}" for name in columns[:-1])
+                what = f"{gpu} {kernel.name.replace('_kernel', '')}"
+                print(f"{what:40.40}{m:4}{numbers}{found.reach:9.2f}")
 
 
 if __name__ == "__main__":

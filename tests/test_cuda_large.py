@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, TABLES
+from cases import TABLES
 from cuda_emulation import emulator
 from test_cuda_products import H100, Gpu, is_good, random, running
 from torch import Tensor
@@ -22,7 +22,8 @@ BLOCK = 32
 END = 4096 + 33
 """Elements at the end that hold something: the last tile of the elementwise kernels, and one more.
 """
-NUMEL = 2**31 + END
+NUMEL = 2**32 + END
+"""Where an index in 32 bits, with or without a sign, is wrong."""
 HUGE = Gpu("huge", 1 << 20, 227, 90)
 """So many multiprocessors that a block of the kernel for a few rows has four or five of w."""
 COLUMNS = 4096
@@ -59,7 +60,7 @@ def decoded(codes: Tensor, absmax: Tensor, end: int) -> Tensor:
     return levels.double() * absmax[place // BLOCK].double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_decoding(dtype: torch.dtype) -> None:
     codes, absmax = codes_and_scales(NUMEL, END)
     with running(H100):

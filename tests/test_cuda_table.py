@@ -62,7 +62,6 @@ def fused_s(backend: str, op: str, gpu: str, rows: int, shape: Shape) -> float:
     read_s = (1 + 4 / BLOCK) / facts.bandwidth
     if backend == "cuda":
         kernel = cuda_budget.kernel_for(op, gpu, rows)
-        assert kernel is not None, f"{op} on {gpu}: the table names a kernel that is not there"
         return read_s / cuda_budget.budget(kernel, gpu, rows).reach + product_s(gpu, rows)
     launch = product_launch(op, facts.target, torch.float16, rows, shape.n, shape.k, BLOCK)
     let_through = budget(facts, launch, torch.float16, BLOCK)
@@ -91,7 +90,8 @@ def test_no_choice_is_slower_than_decode_then_multiply(
             limit = 1.05 * decode_then_multiply_s(gpu, rows)
             assert estimate <= limit, f"{backend}, {shape.name}, {rows} rows"
     assert "slabs" in served
-    assert served - {"slabs"} or (op, gpu) == ("linear_grad_input", "T4")
+    # Triton has no tensor cores on T4.
+    assert served - {"slabs"} or (op, gpu, missing) == ("linear_grad_input", "T4", "cuda")
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_grad_input"])

@@ -17,10 +17,6 @@ constexpr int64_t kFewBesideTensor = 2;
 constexpr int64_t kFewBesideNarrow = 4;
 constexpr int64_t kFewAlone = 8;
 
-bool is_narrow(const Gpu& gpu) {
-  return gpu.capability < 80;
-}
-
 // Calls f with the kM8 of a tensor-core kernel that is there.
 template <class F>
 void with_linear_m8(int m8, bool narrow, F&& f) {
@@ -45,9 +41,9 @@ Plan plan_linear_tensor(const LinearArgs& a, const Gpu& gpu) {
   plan.way = Way::tensor;
   int chosen_bytes = 0, step = 0;
   // The smallest tile that holds all of x, or the largest that shared memory does.
-  for (int m8 = 1; m8 <= (is_narrow(gpu) ? 4 : 8); m8 *= is_narrow(gpu) ? 4 : 2) {
+  for (int m8 = 1; m8 <= (gpu.is_narrow() ? 4 : 8); m8 *= gpu.is_narrow() ? 4 : 2) {
     int bytes = 0, this_step = 0;
-    with_linear_m8(m8, is_narrow(gpu), [&](auto rows, auto narrow) {
+    with_linear_m8(m8, gpu.is_narrow(), [&](auto rows, auto narrow) {
       using Tile = LinearTile<f16, rows, narrow>;
       bytes = Tile::kStageBytes;
       this_step = Tile::kStep;
@@ -79,11 +75,10 @@ Plan plan_few_rows(const LinearArgs& a, const Gpu& gpu) {
 Plan plan_linear(const LinearArgs& a, const Gpu& gpu) {
   const bool fits =
       a.weight.cols % 16 == 0 && is_aligned_to_16(a.weight.codes) && is_aligned_to_16(a.x);
-  const bool has_tensor = (a.dtype == DType::float16 && gpu.capability >= 75) ||
-                          (a.dtype == DType::bfloat16 && gpu.capability >= 80);
-  const int64_t few = !has_tensor      ? kFewAlone
-                      : is_narrow(gpu) ? kFewBesideNarrow
-                                       : kFewBesideTensor;
+  const bool has_tensor = gpu.has_tensor_cores(a.dtype);
+  const int64_t few = !has_tensor       ? kFewAlone
+                      : gpu.is_narrow() ? kFewBesideNarrow
+                                        : kFewBesideTensor;
   if (fits && a.m <= few) return plan_few_rows(a, gpu);
   if (fits && has_tensor) return plan_linear_tensor(a, gpu);
   return plan_plain(gpu, a.m, a.weight.cols, a.weight.rows);
@@ -135,7 +130,7 @@ cudaError_t linear(const LinearArgs& a, const Gpu& gpu, float* partial, cudaStre
     } else if (plan.way == Way::plain) {
       error = launch_plain<T, false>(plan, x, a.weight, out, stream);
     } else if constexpr (sizeof(T) == 2) {
-      error = launch_tensor(plan, is_narrow(gpu), x, a.weight, out, stream);
+      error = launch_tensor(plan, gpu.is_narrow(), x, a.weight, out, stream);
     }
     if (error == cudaSuccess && plan.splits > 1) error = sum_partials(out, plan.splits, stream);
   });

@@ -1,7 +1,6 @@
 // linear_grad_input: dx[M, K] = dy[M, N] @ W[N, K]. Chooses among the kernels and launches them.
 //
-// Tensor cores multiply 16-bit types from sm_80 on (sm_75 has no room in shared memory for both
-// the lanes' tables and this kernel's stages); all else is the plain kernel's.
+// Tensor cores multiply 16-bit types (sm_75: float16 only); all else is the plain kernel's.
 #include "grad_tensor.cuh"
 #include "kernels.h"
 #include "launch_plain.cuh"
@@ -12,6 +11,16 @@ namespace {
 // Rows of x in eights: of the two tiles that are there.
 constexpr int kGradFew = 2, kGradMany = 8;
 
+// Calls f with the kM8 and kNarrow of a kernel.
+template <class F>
+void with_grad_tile(bool few, bool narrow, F&& f) {
+  const auto with_narrow = [&](auto m8) {
+    narrow ? f(m8, std::true_type{}) : f(m8, std::false_type{});
+  };
+  few ? with_narrow(std::integral_constant<int, kGradFew>{})
+      : with_narrow(std::integral_constant<int, kGradMany>{});
+}
+
 Plan plan_grad_tensor(const LinearGradInputArgs& a, const Gpu& gpu) {
   Plan plan{};
   plan.way = Way::tensor;
@@ -19,18 +28,17 @@ Plan plan_grad_tensor(const LinearGradInputArgs& a, const Gpu& gpu) {
   plan.tile_m = 8 * (few ? kGradFew : kGradMany);
   plan.m_tiles = ceil_div(a.m, plan.tile_m);
   plan.tiles = plan.m_tiles * ceil_div(a.weight.cols, kGradTileK);
-  using Few = GradTile<f16, kGradFew>;
-  using Many = GradTile<f16, kGradMany>;
-  static_assert(Few::kStep == Many::kStep);
-  plan_tensor(gpu, few, few ? Few::kStageBytes : Many::kStageBytes,
-              ceil_div(a.weight.rows, Few::kStep), &plan);
+  with_grad_tile(few, gpu.is_narrow(), [&](auto m8, auto narrow) {
+    using Tile = GradTile<f16, m8, narrow>;
+    plan_tensor(gpu, few, Tile::kStageBytes, ceil_div(a.weight.rows, Tile::kStep), &plan);
+  });
   return plan;
 }
 
 Plan plan_linear_grad_input(const LinearGradInputArgs& a, const Gpu& gpu) {
   const bool fits = a.weight.cols % 16 == 0 && a.weight.rows % 8 == 0 &&
                     is_aligned_to_16(a.weight.codes) && is_aligned_to_16(a.dy);
-  if (fits && a.dtype != DType::float32 && gpu.capability >= 80) {
+  if (fits && gpu.has_tensor_cores(a.dtype)) {
     const Plan plan = plan_grad_tensor(a, gpu);
     if (plan.stages >= 2) return plan;
   }
@@ -38,13 +46,19 @@ Plan plan_linear_grad_input(const LinearGradInputArgs& a, const Gpu& gpu) {
 }
 
 template <class T>
-cudaError_t launch_grad_tensor(const Plan& plan, const T* dy, const Weight& w,
+cudaError_t launch_grad_tensor(const Plan& plan, bool narrow, const T* dy, const Weight& w,
                                const Results<T>& out, cudaStream_t stream) {
-  const bool few = plan.tile_m == 8 * kGradFew;
-  const auto kernel = few ? grad_tensor_kernel<T, kGradFew> : grad_tensor_kernel<T, kGradMany>;
-  const int stage = few ? GradTile<T, kGradFew>::kStageBytes : GradTile<T, kGradMany>::kStageBytes;
-  return launch(kernel, grid_of(plan), kTensorThreads, kTableBytes + plan.stages * stage, stream,
-                dy, w, out, static_cast<int>(plan.m_tiles), plan.stages);
+  cudaError_t error = cudaSuccess;
+  with_grad_tile(plan.tile_m == 8 * kGradFew, narrow, [&](auto m8, auto as_narrow) {
+    if constexpr (as_narrow && !std::is_same_v<T, f16>) {
+      error = cudaErrorInvalidValue;  // sm_75 multiplies float16 only; the plan knows
+    } else {
+      const int shared = kTableBytes + plan.stages * GradTile<T, m8, as_narrow>::kStageBytes;
+      error = launch(grad_tensor_kernel<T, m8, as_narrow>, grid_of(plan), kTensorThreads, shared,
+                     stream, dy, w, out, static_cast<int>(plan.m_tiles), plan.stages);
+    }
+  });
+  return error;
 }
 
 }  // namespace
@@ -64,7 +78,7 @@ cudaError_t linear_grad_input(const LinearGradInputArgs& a, const Gpu& gpu, floa
     if (plan.way == Way::plain) {
       error = launch_plain<T, true>(plan, dy, a.weight, out, stream);
     } else if constexpr (sizeof(T) == 2) {
-      error = launch_grad_tensor(plan, dy, a.weight, out, stream);
+      error = launch_grad_tensor(plan, gpu.is_narrow(), dy, a.weight, out, stream);
     }
     if (error == cudaSuccess && plan.splits > 1) error = sum_partials(out, plan.splits, stream);
   });

@@ -74,7 +74,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// cp.async: 16 or 8 bytes from global to shared memory, or zeros where not `inside`; lands at the
+// cp.async: 16 bytes from global to shared memory, or zeros where not `inside`; lands at the
 // wait. sm_75 copies at once.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool inside) {
 #if __CUDA_ARCH__ >= 800
@@ -83,15 +83,6 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool i
                : "memory");
 #else
   *static_cast<uint4*>(to) = inside ? load_cached_16(from) : uint4{0, 0, 0, 0};
-#endif
-}
-__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(inside ? 8 : 0)
-               : "memory");
-#else
-  *static_cast<uint2*>(to) = inside ? *static_cast<const uint2*>(from) : uint2{0, 0};
 #endif
 }
 __device__ __forceinline__ void copy_async_commit() {

@@ -53,13 +53,15 @@ __device__ __forceinline__ void pipeline(float* table, const float* codebook, St
 }
 
 // A tile of x [M, width] in shared memory: 8 * kM8 rows, kStep columns. What lies outside of x is
-// 0. Shared memory serves eight lanes' reads of 16 bytes at a time: two rows, four places kApart
-// columns apart. So that all eight are in different banks, in odd rows the places that one row
-// reads are exchanged for those that it leaves out.
+// 0. Shared memory serves 128 bytes at a time, of lanes that follow each other: two rows, four
+// places kApart columns apart, 16 bytes each; or, where kApart is 4, four rows and 8 bytes. So that
+// all are in different banks, the places that one row reads are exchanged in the others for those
+// that it leaves out.
 template <class T, int kM8, int kStep, int kApart>
 class RowTile {
  public:
-  static_assert(kStep % 64 == 0 && (kApart == 16 || kApart == 8));
+  static_assert(kStep % 64 == 0 && (kApart == 16 || kApart == 8 || kApart == 4));
+  using Read = std::conditional_t<kApart == 4, uint2, uint4>;
   static constexpr int kBytes = 8 * kM8 * kStep * static_cast<int>(sizeof(T));
 
   __device__ __forceinline__ RowTile(const T* x, int64_t first_row, int64_t rows, int64_t width)
@@ -82,10 +84,10 @@ class RowTile {
     }
   }
 
-  // The lane's 8 values of row 8 j + g from `column` on: its part of B for two products.
-  static __device__ __forceinline__ uint4 read(const void* tile, int j, int group, int column) {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(tile) + (8 * j + group) * kStep +
-                                           exchanged(column, group));
+  // The lane's values of row 8 j + g from `column` on: its part of B for a product or two.
+  static __device__ __forceinline__ Read read(const void* tile, int j, int group, int column) {
+    return *reinterpret_cast<const Read*>(static_cast<const T*>(tile) + (8 * j + group) * kStep +
+                                          exchanged(column, group));
   }
 
  private:
@@ -93,10 +95,10 @@ class RowTile {
   static constexpr int kPieces = kStep / 8;  // 16 bytes each
   static constexpr int kPassRows = kTensorThreads / kPieces;
   static constexpr int kPasses = (8 * kM8 + kPassRows - 1) / kPassRows;
-  static_assert(kPassRows % 2 == 0);
+  static_assert(kPassRows % 4 == 0, "a pass further, columns are exchanged alike");
 
   static __device__ __forceinline__ int exchanged(int column, int row) {
-    return column ^ (row % 2 * (kApart == 16 ? 8 : 32));
+    return column ^ (kApart == 4 ? row % 4 * 16 : row % 2 * (kApart == 16 ? 8 : 32));
   }
 
   const T* x_;
@@ -122,7 +124,7 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint32_t (&a)
 
 // Adds the sums of the kParts warps that have the same outputs, part = 0, 1, ..., into part 0's:
 // halves first, always in that order. `group`: which outputs, below `groups`. exchange: shared
-// memory, groups * kParts / 2 * kCount * 128 bytes, that nobody else uses.
+// memory, groups * kParts / 2 * kCount * 128 bytes, that nobody reads once all threads are here.
 template <int kParts, int kCount>
 __device__ __forceinline__ void add_parts(float* sums, float* exchange, int group, int part,
                                           int lane) {

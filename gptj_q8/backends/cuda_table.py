@@ -18,8 +18,8 @@ import torch
 #   16-bit weights (read again from L2) + 2 M / 700e12. Equal at 512 to 1024 rows, if the fused
 #   kernel hid all else. A100, in tiles of 64 rows: equal near 512. If it hid nothing, decoding
 #   first would win at 256 rows on A100, and for the gradient on H100 (tests/test_cuda_table.py).
-# Blackwell's product is faster and our decoding is not. T4's tensor cores have no fused kernel:
-# only the few-rows kernel, which uses none, serves there.
+# Blackwell's product is faster and our decoding is not. Triton has no tensor cores on T4: only its
+# few-rows kernel, which uses none, serves there.
 FUSED_ROWS = {
     "linear": {"sm75": 4, "sm80": 128, "sm86": 128, "sm90": 256, "sm100": 128},
     "linear_grad_input": {"sm75": 0, "sm80": 128, "sm86": 128, "sm90": 128, "sm100": 64},
@@ -33,11 +33,12 @@ AMD_FUSED_ROWS = 1 << 62
 # Estimates, not yet measured: up to here `python -m benchmarks.cuda_budget` leaves the memory of
 # A100 and H100 as the limit, or nearly (64 rows: at least 0.78 of its bandwidth). Its table has a
 # copy for each lane, where Triton's one copy takes 2.3 turns of shared memory for a lookup. On T4,
-# 0.26 of the bandwidth at 128 rows is still as fast as decoding to memory and reading that again.
+# 0.26 of the bandwidth at 128 rows (0.56 for the gradient) is still as fast as decoding to memory
+# and reading that again.
 # Of other GPUs there is no budget; they get A100's number.
 CUDA_ROWS = {
     "linear": {"sm75": 128, "sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
-    "linear_grad_input": {"sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
+    "linear_grad_input": {"sm75": 128, "sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
 }
 # Rows in dtypes for which there are no tensor cores: float32, and bfloat16 on sm75. An estimate:
 # the kernel for a few rows (csrc/cuda/linear.cu) goes over the codes once for every 4.

@@ -77,11 +77,6 @@ inline void copy_async_16(void* to, const void* from, bool inside, Q8_HERE) {
   emulated::check_aligned(from, 16, "cp.async", site);
   emulated::start_copy(to, from, inside ? 16 : 0, inside ? 0 : 16, site);
 }
-inline void copy_async_8(void* to, const void* from, bool inside, Q8_HERE) {
-  emulated::check_aligned(to, 8, "cp.async", site);
-  emulated::check_aligned(from, 8, "cp.async", site);
-  emulated::start_copy(to, from, inside ? 8 : 0, inside ? 0 : 8, site);
-}
 inline void copy_async_commit() {
   emulated::commit_copies();
 }
