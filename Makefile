@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm lint format bench bench-cpu gpu gpu-test gpu-bench clean
+.PHONY: venv demo test test-arm test-packaging lint format bench bench-cpu gpu gpu-test gpu-bench clean
 
 venv: $(BUILT)
 
@@ -29,6 +29,10 @@ test: venv
 # The CPU kernels on arm64, and on x86-64 without AVX, under QEMU; says what is missing for that.
 test-arm: venv
 	$(BIN)/python -m pytest tests/test_emulated.py --slow -rs
+
+# The sdist and the wheel from clean: without a compiler, without Triton, editable, typed.
+test-packaging: venv
+	$(BIN)/python -m pytest tests/test_packaging.py --slow -rs
 
 lint: venv
 	$(BIN)/ruff check .

@@ -200,9 +200,12 @@ def cxx() -> list[str]:
 
 
 def run(compiler: list[str], *arguments: str) -> None:
-    done = subprocess.run(
-        [*compiler, *arguments], cwd=ROOT, text=True, capture_output=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [*compiler, *arguments], cwd=ROOT, text=True, capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        raise NotBuiltError(f"there is no C++ compiler {compiler[0]} (CXX chooses)") from None
     if done.stdout or done.stderr:
         say(done.stdout + done.stderr)
     if done.returncode != 0:
@@ -238,6 +241,8 @@ class BuildLibraries(build_ext):
             path.mkdir(parents=True, exist_ok=True)
         begun = time.time()
         try:
+            if not sys.platform.startswith("linux"):
+                raise NotBuiltError("the kernels were never tried outside Linux")
             ext.build(folder, target.resolve())
             os.utime(target, (begun, begun))  # a source edited meanwhile is newer
         except (NotBuiltError, OSError) as error:

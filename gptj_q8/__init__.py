@@ -6,9 +6,29 @@ Importing this package registers its ops with PyTorch and its quantizer with Tra
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptj_q8 import _register, ops
+
+if TYPE_CHECKING:  # what editors and type checkers see of the names below
+    from gptj_q8 import demo as demo
+    from gptj_q8 import doctor as doctor
+    from gptj_q8 import evaluate as evaluate
+    from gptj_q8 import optim as optim
+    from gptj_q8.checkpoint import convert_checkpoint as convert_checkpoint
+    from gptj_q8.config import Q8Config as Q8Config
+    from gptj_q8.convert import dequantize_ as dequantize_
+    from gptj_q8.convert import quantize_ as quantize_
+    from gptj_q8.lora import add_lora as add_lora
+    from gptj_q8.lora import prepare_for_finetuning as prepare_for_finetuning
+    from gptj_q8.lora.merge import merge as merge
+    from gptj_q8.models.gptj_modules import save_memory as save_memory
+    from gptj_q8.models.gptj_modules import set_attn_implementation as set_attn_implementation
+    from gptj_q8.models.gptj_modules import set_chunked_loss as set_chunked_loss
+    from gptj_q8.nn import Q8Embedding as Q8Embedding
+    from gptj_q8.nn import Q8Linear as Q8Linear
+    from gptj_q8.nn.loss import linear_cross_entropy as linear_cross_entropy
+    from gptj_q8.pretrained import from_pretrained as from_pretrained
 
 __version__ = "0.1.0"
 

@@ -144,7 +144,7 @@ def test_without_a_compiled_library_it_works_and_names_a_compiler(
         "The CPU runs plain PyTorch: the compiled library _cpu.abi3.so was not built."
     )
     assert "g++" in item["do"]
-    assert "pip install --no-build-isolation" in item["do"]
+    assert "pip install -v --no-build-isolation" in item["do"]
     assert {entry["backend"] for entry in report["served"]} == {"reference"}
     assert {check["backend"] for check in report["checks"]} == {"reference"}
 

@@ -110,7 +110,7 @@ def _load(file: str, needs: str) -> str | None:
     if not path.exists():
         return (
             f"the compiled library {file} was not built;"
-            f" reinstall gptj_q8 {needs}, its output says what failed"
+            f" reinstall gptj_q8 {needs}, where pip install -v says what failed"
         )
     try:
         torch.ops.load_library(str(path))

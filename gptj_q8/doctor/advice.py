@@ -167,5 +167,6 @@ def _reinstall() -> str:
     root = Path(__file__).parents[2]
     folder = str(root) if (root / "setup.py").exists() else "THE_CLONE_OR_SDIST"
     return (
-        f"run `pip install --no-build-isolation --no-deps --force-reinstall {shlex.quote(folder)}`"
+        "run `pip install -v --no-build-isolation --no-deps --force-reinstall"
+        f" {shlex.quote(folder)}`"
     )
