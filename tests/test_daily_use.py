@@ -9,7 +9,8 @@ import copy
 
 import pytest
 import torch
-from tiny import QUICK, VOCABULARY, gptj, load, relative
+import transformers
+from tiny import LONG, QUICK, SHORT, VOCABULARY, gptj, load, padded_batch, relative
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,8 +26,6 @@ from gptj_q8.nn import Q8Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LONG = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-SHORT = torch.tensor([[20, 21, 22]])
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 
 
@@ -38,13 +37,6 @@ def model():
 @pytest.fixture(scope="module")
 def decoded(model):
     return copy.deepcopy(model).dequantize()
-
-
-def padded_batch():
-    ids = torch.cat([torch.full((1, 4), 1), SHORT], dim=1)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, :4] = 0
-    return torch.cat([LONG, ids]), mask
 
 
 def test_left_padding(model):
@@ -95,17 +87,20 @@ def test_static_cache_equals_the_dynamic_one(model):
     assert torch.equal(static, model.generate(LONG, **GREEDY))
 
 
-def test_quantized_cache(model, decoded):
-    """Of Transformers, through optimum-quanto or HQQ, whichever is there."""
-    from transformers.utils import is_hqq_available, is_optimum_quanto_available
-
-    backend = "quanto" if is_optimum_quanto_available() else "hqq"
+@pytest.mark.parametrize(
+    ("backend", "is_there"),
+    [
+        ("quanto", transformers.utils.is_optimum_quanto_available),
+        ("hqq", transformers.utils.is_hqq_available),
+    ],
+)
+def test_quantized_cache(model, decoded, backend, is_there):
+    if not is_there():
+        pytest.skip(f"needs {backend} (pip install optimum-quanto hqq)")
     options = {
         "cache_implementation": "quantized",
-        "cache_config": {"backend": backend, "q_group_size": 16},
+        "cache_config": {"backend": backend, "q_group_size": 16, "residual_length": 4},
     }
-    if not is_optimum_quanto_available() and not is_hqq_available():
-        pytest.skip("Transformers' quantized cache needs optimum-quanto or hqq")
     tokens = model.generate(LONG, **GREEDY, **options)
     assert torch.equal(tokens, decoded.generate(LONG, **GREEDY, **options))
 
@@ -145,6 +140,14 @@ def test_assisted_generation(model):
 def test_prompt_lookup(model):
     tokens = model.generate(LONG, prompt_lookup_num_tokens=2, **GREEDY)
     assert torch.equal(tokens, model.generate(LONG, **GREEDY))
+
+
+def test_tokens_continue_in_the_second_turn(model):
+    """A chat: generate, add to the cache, generate on."""
+    first = model.generate(LONG, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences, SHORT], dim=1)
+    with_past = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(with_past, model.generate(longer, **GREEDY))
 
 
 def test_pipeline(stored_demo):
@@ -331,100 +334,6 @@ def test_resizing_the_float_model_before(float_dir):
 def test_resizing_to_the_same_size_is_no_change(model):
     assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
     assert model.resize_token_embeddings(pad_to_multiple_of=65) is model.get_input_embeddings()
-
-
-# What Transformers' own tests of GPT-J ask of it, on a quantized one
-
-
-def test_forward_signature_and_outputs(model):
-    with torch.no_grad():
-        output = model(LONG, output_hidden_states=True)
-    assert output.logits.shape == (1, 7, VOCABULARY)
-    assert len(output.hidden_states) == 3
-    assert {state.shape for state in output.hidden_states} == {(1, 7, 48)}
-    assert len(output.past_key_values) == 2
-
-
-def test_attentions(decoded):
-    model = gptj_q8.quantize_(copy.deepcopy(decoded), QUICK)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = model(LONG, output_attentions=True).attentions
-    assert len(attentions) == 2
-    for attention in attentions:
-        assert attention.shape == (1, 4, 7, 7)
-        assert torch.allclose(attention.sum(-1), torch.ones(1, 4, 7))
-        assert torch.equal(attention.triu(1), torch.zeros_like(attention))
-
-
-def test_past_equals_the_whole(model):
-    """With and without a mask; a step after a past gives what one pass gives."""
-    ids, mask = padded_batch()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    for keywords in ({}, {"attention_mask": mask}):
-        whole_keywords = {**keywords, "position_ids": positions} if keywords else {}
-        with torch.no_grad():
-            whole = model(ids, **whole_keywords).logits
-            first = model(
-                ids[:, :5],
-                **{name: value[:, :5] for name, value in whole_keywords.items()},
-                use_cache=True,
-            )
-            rest_keywords = dict(keywords)
-            if keywords:
-                rest_keywords["position_ids"] = positions[:, 5:]
-            rest = model(ids[:, 5:], past_key_values=first.past_key_values, **rest_keywords).logits
-        assert torch.allclose(rest, whole[:, 5:], atol=1e-4)
-
-
-def test_input_embeddings_in_place_of_ids(model):
-    with torch.no_grad():
-        rows = model.get_input_embeddings()(LONG)
-        assert torch.equal(model(inputs_embeds=rows).logits, model(LONG).logits)
-
-
-def test_loss_and_gradients_with_checkpointing(model):
-    """Recomputed activations give the gradients that kept ones give."""
-    gradients = []
-    for checkpointing in (False, True):
-        each = copy.deepcopy(model).train()
-        each.config.embd_pdrop = each.config.resid_pdrop = each.config.attn_pdrop = 0.0
-        for module in each.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        if checkpointing:
-            each.gradient_checkpointing_enable({"use_reentrant": False})
-        each(LONG, labels=LONG).loss.backward()
-        gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert any("ln_1" in name for name in gradients[0])
-    for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
-
-
-def test_batches_do_not_leak_into_each_other(model):
-    ids = torch.cat([LONG, LONG.flip(1)])
-    with torch.no_grad():
-        together = model(ids).logits
-        alone = model(ids[1:]).logits
-    assert relative(together[1:], alone) < 1e-5
-
-
-def test_causality(model):
-    changed = LONG.clone()
-    changed[0, -1] = 99
-    with torch.no_grad():
-        before, after = model(LONG).logits, model(changed).logits
-    assert torch.equal(before[:, :-1], after[:, :-1])
-    assert not torch.equal(before[:, -1], after[:, -1])
-
-
-def test_tokens_continue_in_the_second_turn(model):
-    """A chat: generate, add to the cache, generate on."""
-    first = model.generate(LONG, return_dict_in_generate=True, **GREEDY)
-    longer = torch.cat([first.sequences, SHORT], dim=1)
-    with_past = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
-    assert torch.equal(with_past, model.generate(longer, **GREEDY))
 
 
 def test_every_layer_is_still_8_bit(model):

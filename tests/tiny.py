@@ -22,6 +22,8 @@ from gptj_q8.config import Q8Config
 QUICK = Q8Config(codebook="dynamic")  # where the codebook does not matter
 VOCABULARY = 130
 IDS = torch.arange(12)[None]
+LONG = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+SHORT = torch.tensor([[20, 21, 22]])
 SIZES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
@@ -35,6 +37,14 @@ def gptj(seed: int = 0, **changes: object) -> GPTJForCausalLM:
             if name.endswith("bias"):
                 parameter.normal_(std=0.02)
     return model
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of LONG and SHORT, the latter with padding at its left."""
+    ids = torch.cat([torch.full((1, 4), 1), SHORT], dim=1)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :4] = 0
+    return torch.cat([LONG, ids]), mask
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
