@@ -64,10 +64,15 @@ INTENDED = {
 # few rows serves), for the M in M_BUCKETS: what was reached, rounded up, so that a compiler or an
 # edit that loses some is seen. Above, a product of many rows, the decoding is no longer what
 # costs. On Hopper the aim was 5.5 to 32 rows and 6.5 above. With Triton 3.7.
+#
+# What keeps it from that: at 1 row, Triton adds the table's address for every lookup and stores the
+# table anew in every step (the CUDA kernel takes 6.1). At 128 rows, one multiply-add a weight scales
+# the sums; steps of 256 columns would halve those (5.6), but spill with two stages, and with one
+# nothing is on its way meanwhile. The path to shared memory is the narrower one there anyhow.
 CEILINGS = {
     ("linear", "sm80"): {1: 8.2, 2: 9.1, 16: 5.0, 32: 5.5, 64: 7.4},
     ("linear", "sm86"): {1: 8.4, 2: 9.2, 16: 5.6, 32: 6.5, 64: 7.3},
-    ("linear", "sm90"): {1: 8.2, 2: 9.2, 16: 5.1, 32: 5.3, 64: 6.2, 128: 7.0},
+    ("linear", "sm90"): {1: 7.8, 2: 9.2, 16: 5.1, 32: 5.3, 64: 6.2, 128: 7.0},
     ("linear", "sm100"): {1: 8.2, 2: 8.0, 16: 4.9, 32: 5.0, 64: 5.2, 128: 7.8},
     ("linear_grad_input", "sm80"): {16: 6.0, 64: 7.2},
     ("linear_grad_input", "sm86"): {16: 6.9, 64: 7.9},
@@ -212,6 +217,7 @@ def test_the_written_budget_is_the_codes() -> None:
             numbers = [round(number, 1) for number in (found.needed, found.issue, found.shared)]
             assert [float(number) for number in row.groups()] == pytest.approx(numbers, rel=0.04)
             assert found.reach == 1, f"{name} {shape.name} is not bound by its memory"
+            assert found.resident == (1 if name == "T4" else 2)
 
 
 def header() -> str:

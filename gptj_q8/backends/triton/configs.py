@@ -58,11 +58,15 @@ GEMV_16: Table = (
     Tiles(2, 8, 4096, 16, copies=BANKS),
 )
 GEMV_32: Table = (*GEMV_16, Tiles(FEW, 4, 2048, 8, copies=BANKS))
+# On Hopper twice as many warps need no more registers, and share the work of storing the table.
+GEMV_16_HOPPER: Table = (Tiles(1, 8, 4096, 16, copies=BANKS), *GEMV_16[1:])
 
 
 def few_rows(dtype: torch.dtype, family: str) -> Table:
     """The tiles of the kernel for a few rows; what has no tensor cores for it serves more rows."""
-    table = GEMV_32 if dtype == torch.float32 or family == "sm75" else GEMV_16
+    table = GEMV_16_HOPPER if family == "sm90" else GEMV_16
+    if dtype == torch.float32 or family == "sm75":
+        table = GEMV_32
     if family in ("cdna", "rdna"):
         return tuple(replace(tile, registers=0) for tile in table)
     return table
