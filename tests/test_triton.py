@@ -24,7 +24,7 @@ def test_the_matrix_in_the_interpreter(device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip(f"the device is {device}: test_ops.py runs the compiled kernels on it")
     options = ["-p", "no:cacheprovider", "-k", "triton or tune"]
-    files = ["tests/test_ops.py", "tests/test_tune.py"]
+    files = ["tests/test_ops.py", "tests/test_tune.py", "tests/test_large.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,

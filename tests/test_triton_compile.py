@@ -66,9 +66,9 @@ INTENDED = {
 # costs. On Hopper the aim was 5.5 to 32 rows and 6.5 above. With Triton 3.7.
 #
 # What keeps it from that: at 1 row, Triton adds the table's address for every lookup and stores the
-# table anew in every step (the CUDA kernel takes 6.1). At 128 rows, one multiply-add a weight scales
-# the sums; steps of 256 columns would halve those (5.6), but spill with two stages, and with one
-# nothing is on its way meanwhile. The path to shared memory is the narrower one there anyhow.
+# table anew in every step (the CUDA kernel takes 6.1). At 128 rows, a multiply-add for each weight
+# scales the sums; steps of 256 columns would halve those (5.6), but spill with two stages, and with
+# one nothing is on its way meanwhile. The path to shared memory is the narrower one there anyhow.
 CEILINGS = {
     ("linear", "sm80"): {1: 8.2, 2: 9.1, 16: 5.0, 32: 5.5, 64: 7.4},
     ("linear", "sm86"): {1: 8.4, 2: 9.2, 16: 5.6, 32: 6.5, 64: 7.3},
