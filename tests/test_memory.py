@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,9 @@ from torch import Tensor
 from transformers import GPTJConfig
 
 from gptj_q8.convert import quantize_
-from gptj_q8.memory import Setting, estimate
+from gptj_q8.lora import add_lora, prepare_for_finetuning
+from gptj_q8.memory import Setting, estimate, estimate_loaded
 from gptj_q8.models import RULES
-from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.nn.loss import CHUNK_ROWS
 from gptj_q8.optim import AdamW8bit
 
@@ -58,26 +61,90 @@ def test_standing_parts_are_the_bytes_of_a_real_model() -> None:
     assert standing["optimizer state"] == pytest.approx(bytes_of(state), rel=0.01)
 
 
-def test_kept_activations_are_what_checkpointing_keeps() -> None:
-    model = quantize_(gptj(**SIZES, n_positions=256).bfloat16()).train()
-    save_memory(model)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.zeros(2, 128, dtype=torch.long)
+def kept_by_autograd(checkpointing: bool, dropout: float, batch: int, tokens: int) -> tuple:
+    """The prepared model, and bytes of the large tensors kept for the backward pass."""
+    model = quantize_(gptj(**SIZES, n_positions=256).bfloat16())
+    model = add_lora(model, r=4, dropout=dropout)
+    prepare_for_finetuning(model, checkpointing=checkpointing, verbose=False)
+    ids = torch.zeros(batch, tokens, dtype=torch.long)
     kept: dict[int, int] = {}
-    weights = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    held = []  # so that no address is used twice
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, labels=ids)
-    found = estimate(model.config, Setting(tokens=128, batch=2)).passing
-    # The input of each block and of the last norm, and the gradient of what the head is given.
-    large = [size for size in kept.values() if size >= 2 * 128 * 512 * 2]
-    assert found["activations kept"] == sum(large)
+        model(input_ids=ids, labels=ids)
+    return model, sum(size for size in kept.values() if size >= batch * tokens * 512)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_kept_activations_are_what_autograd_keeps(checkpointing: bool, dropout: float) -> None:
+    model, kept = kept_by_autograd(checkpointing, dropout, batch=2, tokens=128)
+    found = estimate_loaded(model, 128, 2, checkpointing)
+    assert found.passing["activations kept"] == kept
+
+
+def test_a_loaded_model_is_counted_as_its_configuration_is() -> None:
+    model = add_lora(quantize_(gptj(**SIZES).bfloat16()), r=8)
+    loaded = estimate_loaded(model, 64, 2, checkpointing=True)
+    counted = estimate(model.config, Setting(tokens=64, batch=2, rank=8))
+    assert loaded.passing == counted.passing
+    for name in ("adapters", "optimizer state", "libraries"):
+        assert loaded.standing[name] == counted.standing[name]
+    weights = sum(
+        counted.standing[name] for name in ("codes", "scales", "biases, norms, positions")
+    )
+    assert loaded.standing["weights"] == pytest.approx(weights, rel=0.01)
+
+
+# A quarter of GPT-J's width, so that what a block's backward pass takes outweighs all else.
+PEAK = """
+import sys, torch
+from benchmarks.full_size import peak_anonymous_memory
+from tiny import gptj
+from gptj_q8 import add_lora, prepare_for_finetuning, quantize_
+from gptj_q8.memory import estimate_loaded
+
+torch.set_num_threads(1)
+checkpointing, tokens = sys.argv[1] == "True", 1024
+sizes = {"n_embd": 1024, "n_layer": 2, "n_head": 4, "vocab_size": 512, "rotary_dim": 64}
+model = quantize_(gptj(**sizes, n_positions=tokens).bfloat16())
+model = prepare_for_finetuning(add_lora(model), checkpointing=checkpointing, verbose=False)
+ids = torch.randint(512, (1, tokens))
+
+def step(ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+
+step(ids[:, :8])
+with peak_anonymous_memory(0.0005) as peak:
+    before = peak()
+    step(ids)
+found = estimate_loaded(model, tokens, 1, checkpointing)
+print(peak() - before, found.total - sum(found.standing.values()))
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_steps_peak_is_as_estimated(checkpointing: bool) -> None:
+    """Anonymous memory that a step takes beside what stands, measured in a process of its own."""
+    path = f"{Path(__file__).parent}:{Path(__file__).parent.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(checkpointing)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    measured, expected = map(float, done.stdout.split())
+    assert measured == pytest.approx(expected, rel=0.1)
 
 
 def test_full_size_is_the_issues_own_figures() -> None:
@@ -124,7 +191,8 @@ def test_command_line(tmp_path: Path) -> None:
     folder = save_byte_gptj(tmp_path / "model", seed=0)
     small = read_json(run("memory", "--model", folder, "--tokens", POSITIONS, "--json"))
     assert small["total"] < 1e9
-    refused = run("memory", "--model", folder)
+    assert read_json(run("memory", "--model", folder, "--json")) == small
+    refused = run("memory", "--model", folder, "--tokens", 2048)
     assert refused.exit_code == 1
     assert f"context has {POSITIONS} tokens, got 2048" in refused.stderr
     assert run("memory", "--rank", 0).exit_code == 2

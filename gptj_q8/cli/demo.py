@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptj_q8.checkpoint import ConversionReport
     from gptj_q8.config import Q8Config
     from gptj_q8.evaluate import Divergence
-    from gptj_q8.train.run import Report
+    from gptj_q8.train.report import Report
 
 OUTPUT = Path("out/demo-8bit")
 PROMPT = "En el principio"
@@ -175,7 +175,8 @@ def _convert(screen: Screen, folder: str, config: Q8Config, overwrite: bool) -> 
 def _finetune(
     screen: Screen, source: str, target: Path, on: torch.device, overwrite: bool
 ) -> Report:
-    from gptj_q8.train.run import best_dtype, finetune
+    from gptj_q8.train.device import best_dtype
+    from gptj_q8.train.run import finetune
 
     dtype = str(best_dtype(on)).removeprefix("torch.")
     with screen.progress("Loading") as update:

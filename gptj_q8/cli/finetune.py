@@ -20,7 +20,7 @@ from gptj_q8.train.listener import Listener
 from gptj_q8.train.settings import Settings
 
 if TYPE_CHECKING:
-    from gptj_q8.train.run import Report
+    from gptj_q8.train.report import Report
 
 _USUAL = Settings()
 # Parameters. Smaller models gain little from threads, and on a busy machine they lose a hundredfold
@@ -150,7 +150,8 @@ def finetune_command(
             import torch
 
             from gptj_q8.train import folder
-            from gptj_q8.train.run import best_dtype, finetune
+            from gptj_q8.train.device import best_dtype
+            from gptj_q8.train.run import finetune
 
             # What can be refused at once is, before a model is loaded for minutes.
             if resume:

@@ -12,6 +12,7 @@ from gptj_q8.cli.screen import bytes_text, open_screen
 
 FULL_SIZE = "gpt-j-6b"
 GB = 10**9
+LONGEST = 2048  # GPT-J's context
 
 
 def memory_command(
@@ -19,7 +20,15 @@ def memory_command(
         str,
         typer.Option(metavar="MODEL", help="`gpt-j-6b`, or a folder or id with a config.json."),
     ] = FULL_SIZE,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of a sequence.")] = 2048,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Length of a sequence.",
+            show_default="MODEL's context, up to 2048",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
     rank: Annotated[int, typer.Option(min=1, metavar="R", help="Rank of the adapters.")] = 16,
     device_memory: Annotated[
@@ -41,6 +50,7 @@ def memory_command(
             from gptj_q8.memory import Setting, estimate
 
             config = _config(model)
+            tokens = tokens or min(getattr(config, "n_positions", LONGEST), LONGEST)
             setting = Setting(tokens=tokens, batch=batch, rank=rank, device=device)
             found = estimate(config, setting)
         room = round(device_memory * GB)
@@ -61,14 +71,16 @@ def memory_command(
         )
         screen.heading("Other lengths")
         lengths = _lengths(config.n_positions)
-        totals = {n: estimate(config, replace(setting, tokens=n)).total for n in lengths}
-        screen.table(
-            ("tokens", "in use", f"in {bytes_text(room)}"),
-            [
-                (str(n), bytes_text(size), "fits" if size <= room else "too much")
-                for n, size in totals.items()
-            ],
-        )
+        rows = []
+        for n in lengths:
+            sizes = [
+                estimate(config, replace(setting, tokens=n, checkpointing=again)).total
+                for again in (True, False)
+            ]
+            rows.append(
+                (str(n), *(f"{bytes_text(s)}, {_verdict(s, room)}" for s in sizes)),
+            )
+        screen.table(("tokens", "in use", "if no activation is computed again"), rows)
         difference = bytes_text(abs(room - found.total))
         screen.say()
         screen.say(
@@ -97,6 +109,10 @@ def _config(name: str) -> Any:
     if name == FULL_SIZE:
         return GPTJConfig()  # whose defaults are those of EleutherAI/gpt-j-6b
     return AutoConfig.from_pretrained(load.model_path(name))
+
+
+def _verdict(size: int, room: int) -> str:
+    return "fits" if size <= room else "too much"
 
 
 def _lengths(context: int) -> list[int]:

@@ -47,7 +47,7 @@ def describe() -> Machine:
         cpu=cpu_model(),
         cores=usable_cores(),
         threads=torch.get_num_threads(),
-        memory_bytes=_memory(),
+        memory_bytes=host_memory(),
         torch=torch.__version__,
         built_for=_built_for(),
         nvidia_driver=_has_nvidia_driver(),
@@ -71,7 +71,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory() -> int | None:
+def host_memory() -> int | None:
+    """Bytes of memory that the machine has; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _se
 from torch import nn
 
 from gptj_q8.lora.allocator import return_large_blocks
+from gptj_q8.memory import estimate_loaded, knows
 from gptj_q8.models.gptj_modules import save_memory
 from gptj_q8.models.layers import Quantized
 from gptj_q8.nn.norm import Float32LayerNorm
@@ -83,8 +84,11 @@ def prepare_for_finetuning(
     return model
 
 
-def summary(model: nn.Module) -> str:
-    """Says in a few lines what of `model` trains and what it costs."""
+def summary(model: Any, tokens: int | None = None, batch: int = 1) -> str:
+    """Says in a few lines what of `model` trains and what it costs.
+
+    Of a GPT-J also what a step on `batch` sequences of `tokens` takes (None: its whole context).
+    """
     kinds: dict[tuple[str, torch.dtype], int] = {}
     frozen = 0
     for name, parameter in model.named_parameters():
@@ -107,6 +111,14 @@ def summary(model: nn.Module) -> str:
         f"  gradients take {gradients / 1e6:.1f} MB, Adam's state in 8 bits about "
         f"{total * (2 + 8 / 256) / 1e6:.1f} MB"
     )
+    if knows(model.config):
+        tokens = tokens or model.config.n_positions
+        again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        total = estimate_loaded(model, tokens, batch, checkpointing=again).total
+        lines.append(
+            f"  a step on {batch} x {tokens} tokens takes about {total / 1e9:.2f} GB in all, "
+            f"{'keeping one activation a block' if again else 'keeping all activations'}"
+        )
     return "\n".join(lines)
 
 

@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import set_seed
 
 from gptj_q8.lora.add import add_lora
 from gptj_q8.lora.prepare import prepare_for_finetuning, summary
 from gptj_q8.models.gptj_modules import save_memory
-from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
+from gptj_q8.train.device import recomputes, rows_at_once
 from gptj_q8.train.listener import Listener
-from gptj_q8.train.packing import Piece, Rows, collate, encode, keeps_apart
+from gptj_q8.train.packing import Piece, Rows, encode, keeps_apart
 from gptj_q8.train.plot import plot_run
+from gptj_q8.train.report import Report
 from gptj_q8.train.samples import Sample, beginnings, sample
 from gptj_q8.train.settings import Settings
 from gptj_q8.train.texts import Document, hold_out
-from gptj_q8.train.trainer import Q8Trainer, Watcher
-
-# Tokens that go through the model together; a batch of more is done in parts.
-TOKENS_AT_ONCE = 2048
-# Above this many numbers in a model, only the blocks' inputs are kept and the rest is computed
-# again in the backward pass, a third more work; below, all that is kept is small beside a process.
-# An estimate: float32 GPT-J blocks of 10^8 numbers in all keep some 1.5 GB for 2048 tokens.
-CHECKPOINT_ABOVE = 100_000_000
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a run went.
-
-    finished: whether it came to its end rather than being stopped. steps, of_steps: done, and in
-    all. checkpoint: the last one's folder, to resume from. adapter: the folder with the result, ""
-    where the run was stopped. trained, parameters: how many numbers train, and of how many.
-    tokens: learned in each epoch. held_out_tokens: measured. rows: of tokens, in each epoch.
-    packed: whether documents share rows. losses, held_out, learning_rates: (step, value), losses
-    in nats a token. seconds: of this call's training. plot: the file, "" where none was drawn.
-    """
-
-    finished: bool
-    steps: int
-    of_steps: int
-    checkpoint: str
-    adapter: str
-    trained: int
-    parameters: int
-    tokens: int
-    held_out_tokens: int
-    rows: int
-    packed: bool
-    losses: list[tuple[int, float]]
-    held_out: list[tuple[int, float]]
-    learning_rates: list[tuple[int, float]]
-    seconds: float
-    samples: list[Sample]
-    plot: str
+from gptj_q8.train.trainer import Watcher, make_trainer
 
 
 def finetune(
@@ -105,18 +67,7 @@ def finetune(
             raise ValueError(f"the run in {output} has ended; there is nothing to resume")
     else:
         folder.check_new(output, overwrite)
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"{model.name_or_path} has adapters already, which new ones would take the place of; "
-            "gptj-q8 convert takes them out of an old checkpoint"
-        )
-    if model.device.type == "cpu" and model.dtype == torch.float16:
-        raise ValueError("float16 trains on a GPU only; load the model in bfloat16 or float32")
-    if model.device.index:
-        raise ValueError(
-            f"training runs on the first GPU, not on {model.device}: hide others with "
-            "CUDA_VISIBLE_DEVICES"
-        )
+    _check_model(model)
 
     listener.stage("Encoding")
     set_seed(settings.seed)
@@ -124,8 +75,14 @@ def finetune(
     save_memory(model)
     train_rows, held_out_rows, packed = _rows(model, tokenizer, documents, settings)
     name = name or str(model.name_or_path)
-    model = _add_adapters(model, settings)
-    listener.prepared(summary(model))
+    longest = max(sum(len(piece.ids) for piece in row) for row in train_rows.rows)
+    at_once = rows_at_once(longest, settings.batch_size)
+    model = add_lora(
+        model, settings.rank, settings.alpha, settings.targets, dropout=settings.dropout
+    )
+    again = recomputes(model, longest, at_once)
+    prepare_for_finetuning(model, settings.train_1d, checkpointing=again, verbose=False)
+    listener.prepared(summary(model, longest, at_once))
 
     record = folder.Record(
         model=name,
@@ -142,18 +99,15 @@ def finetune(
         folder.begin(output, folder.Record(**{**vars(record), "samples": before}))
 
     watcher = Watcher(listener, _tokens_per_step(train_rows, settings))
-    trainer = _trainer(model, tokenizer, output, settings, train_rows, held_out_rows, watcher)
+    trainer = make_trainer(model, output, settings, train_rows, held_out_rows, at_once, watcher)
     last = folder.last_checkpoint(output) if resume else None
     began = time.perf_counter()
     listener.stage("Training")
     with watcher.heeding_signals():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         finished = not watcher.interrupted
-        if (
-            finished
-            and held_out_rows
-            and _last_step(trainer, "eval_loss") < trainer.state.max_steps
-        ):
+        measured = max((step for step, _ in trainer.curve("eval_loss")), default=-1)
+        if finished and held_out_rows and measured < trainer.state.max_steps:
             trainer.evaluate()
     seconds = time.perf_counter() - began
 
@@ -165,9 +119,9 @@ def finetune(
         with folder.put_whole(output, "adapter") as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    losses = _curve(trainer, "loss")
-    held_out = _curve(trainer, "eval_loss")
-    rates = _curve(trainer, "learning_rate")
+    losses = trainer.curve("loss")
+    held_out = trainer.curve("eval_loss")
+    rates = trainer.curve("learning_rate")
     plot = output / folder.PLOT
     drawn = bool(losses) and _plot(f"{name}, fine-tuned", losses, held_out, rates, plot)
     trained, parameters = model.get_nb_trainable_parameters()
@@ -196,18 +150,19 @@ def finetune(
     return report
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """What to load a model in that is to be fine-tuned.
-
-    bfloat16 where the processor has instructions for it: half of float32's memory, and quicker
-    (the demo's fine-tuning took 26 s instead of 31, to the same held-out loss; two cores of an AMD
-    EPYC, Zen 5, 2026-11-24). Else float16 on a GPU, with a loss scaler, and float32 on a CPU.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    has = torch.cpu.get_capabilities()
-    with_bfloat16 = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if with_bfloat16 else torch.float32
+def _check_model(model: Any) -> None:
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{model.name_or_path} has adapters already, which new ones would take the place of; "
+            "gptj-q8 convert takes them out of an old checkpoint"
+        )
+    if model.device.type == "cpu" and model.dtype == torch.float16:
+        raise ValueError("float16 trains on a GPU only; load the model in bfloat16 or float32")
+    if model.device.index:
+        raise ValueError(
+            f"training runs on the first GPU, not on {model.device}: hide others with "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _rows(
@@ -232,84 +187,8 @@ def _digest(rows: Sequence[Sequence[Piece]]) -> str:
     return found.hexdigest()
 
 
-def _add_adapters(model: Any, settings: Settings) -> Any:
-    model = add_lora(
-        model, settings.rank, settings.alpha, settings.targets, dropout=settings.dropout
-    )
-    large = model.get_nb_trainable_parameters()[1] > CHECKPOINT_ABOVE
-    return prepare_for_finetuning(model, settings.train_1d, checkpointing=large, verbose=False)
-
-
-def _at_once(length: int, batch_size: int) -> int:
-    """Rows that go through the model together: a divisor of the batch."""
-    most = max(1, TOKENS_AT_ONCE // length)
-    return max(n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= most)
-
-
 def _tokens_per_step(rows: Rows, settings: Settings) -> float:
     return rows.targets / len(rows) * min(settings.batch_size, len(rows))
-
-
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    output: Path,
-    settings: Settings,
-    train_rows: Rows,
-    held_out_rows: Rows | None,
-    watcher: Watcher,
-) -> Q8Trainer:
-    length = max(sum(len(piece.ids) for piece in row) for row in train_rows.rows)
-    at_once = _at_once(length, settings.batch_size)
-    steps = settings.steps(len(train_rows))
-    every = settings.save_every or math.ceil(steps / 10)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=at_once,
-        per_device_eval_batch_size=at_once,
-        gradient_accumulation_steps=settings.batch_size // at_once,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        use_cpu=model.device.type == "cpu",
-        fp16=model.dtype == torch.float16,
-        eval_strategy="steps" if held_out_rows else "no",
-        eval_steps=every,
-        eval_on_start=bool(held_out_rows) and folder.last_checkpoint(output) is None,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
-        logging_steps=1,
-        # The default hides a NaN behind the losses before it.
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        seed=settings.seed,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer spreads over all there are
-    trainer = Q8Trainer(
-        model,
-        arguments,
-        data_collator=collate,
-        train_dataset=train_rows,
-        eval_dataset=held_out_rows,
-        callbacks=[watcher],
-        optimizer_cls_and_kwargs=(AdamW8bit, {"lr": settings.learning_rate}),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _curve(trainer: Q8Trainer, key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in trainer.state.log_history if key in row]
-
-
-def _last_step(trainer: Q8Trainer, key: str) -> int:
-    return max((step for step, _ in _curve(trainer, key)), default=-1)
 
 
 def _plot(title: str, losses: Any, held_out: Any, rates: Any, file: Path) -> bool:

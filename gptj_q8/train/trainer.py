@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import rotate_checkpoints
 
 from gptj_q8.checkpoint.directory import new_directory
+from gptj_q8.optim import AdamW8bit
 from gptj_q8.train.folder import last_checkpoint
 from gptj_q8.train.listener import Listener
-from gptj_q8.train.packing import IGNORED
+from gptj_q8.train.packing import IGNORED, Rows, collate
+from gptj_q8.train.settings import Settings
 
 
 class Q8Trainer(Trainer):
@@ -90,6 +99,10 @@ class Q8Trainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of what was logged under a name such as "loss"."""
+        return [(row["step"], row[name]) for row in self.state.log_history if name in row]
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -181,3 +194,59 @@ class Watcher(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.listener.saved(f"checkpoint-{state.global_step}")
+
+
+def make_trainer(
+    model: Any,
+    output: Path,
+    settings: Settings,
+    train_rows: Rows,
+    held_out_rows: Rows | None,
+    at_once: int,
+    watcher: Watcher,
+) -> Q8Trainer:
+    """A trainer for a model that is prepared, writing into `output`.
+
+    at_once: rows that go through the model together, a divisor of the batch.
+    """
+    steps = settings.steps(len(train_rows))
+    every = settings.save_every or math.ceil(steps / 10)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
+        gradient_accumulation_steps=settings.batch_size // at_once,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        use_cpu=model.device.type == "cpu",
+        fp16=model.dtype == torch.float16,
+        eval_strategy="steps" if held_out_rows else "no",
+        eval_steps=every,
+        eval_on_start=bool(held_out_rows) and last_checkpoint(output) is None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=1,
+        # The default hides a NaN behind the losses before it.
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=settings.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer spreads over all there are
+    trainer = Q8Trainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows,
+        callbacks=[watcher],
+        optimizer_cls_and_kwargs=(AdamW8bit, {"lr": settings.learning_rate}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
