@@ -3,4 +3,6 @@
 
 #include "encoder_lanes.h"
 
+#include "adam_block_lanes.h"
+
 #include "adam.h"

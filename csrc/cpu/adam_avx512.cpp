@@ -3,4 +3,6 @@
 
 #include "encoder_avx512.h"
 
+#include "adam_block_avx512.h"
+
 #include "adam.h"

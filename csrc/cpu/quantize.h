@@ -28,8 +28,8 @@ Q8_INLINE int64_t blocks_per_task(int block_shift) {
 
 template <class T>
 void quantize_typed(const QuantizeArgs& a, const Pool& pool, const T* weight) {
+  const Encoder encoder(a.codebook);
   auto encode_blocks = [&](int64_t begin, int64_t end) {
-    const Encoder encoder(a.codebook);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b << a.block_shift;
       const int64_t n = min_of(a.numel, block_end(first, a.block_shift)) - first;
