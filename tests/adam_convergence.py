@@ -3,7 +3,7 @@
 python -m tests.adam_convergence
 
 writes the mean of the last losses of every seed to adam_convergence.json beside this file, with
-which test_optim_convergence.py compares. About six minutes on one core.
+which test_optim_training.py compares. About six minutes on one core.
 """
 
 from __future__ import annotations

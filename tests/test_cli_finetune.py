@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import read_json, run, save_byte_gptj
+
+from gptj_q8.cli.finetune import say_losses
+from gptj_q8.cli.screen import open_screen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +52,19 @@ def test_it_shows_losses_samples_and_where_to_go(model: Path, data: Path, tmp_pa
     spoken = run(*words[1:], "--greedy", "-n", 3)
     assert spoken.exit_code == 0, spoken.output
     assert spoken.stdout.startswith("gato y")
+
+
+def test_it_tells_where_the_held_out_loss_was_lowest(capsys: pytest.CaptureFixture[str]) -> None:
+    for held_out, told in (([3.0, 2.0, 2.5], True), ([3.0, 2.5, 2.0], False)):
+        report = SimpleNamespace(
+            held_out=list(zip((0, 4, 8), held_out, strict=True)),
+            held_out_tokens=9,
+            steps=8,
+            finished=True,
+        )
+        with open_screen(False) as screen:
+            say_losses(screen, report)
+        assert ("lowest, 2.000, after step 4 of 8" in capsys.readouterr().err) is told
 
 
 def test_evaluate_agrees_that_the_adapter_helps(model: Path, data: Path, tmp_path: Path) -> None:

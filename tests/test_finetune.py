@@ -226,7 +226,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*checkpoint-2 is kept"):
+    message = r"checkpoint-4 could not be written .* MB are free now.*checkpoint-2 is kept"
+    with pytest.raises(OSError, match=message):
         tune()
     assert any("optimizer.pt" in str(path) for path in calls)
     out = tmp_path / "out"
@@ -319,6 +320,17 @@ def test_activations_are_computed_again_where_nothing_is_known(
     assert not device.recomputes(load(source), 32, 4)
     monkeypatch.setattr(device, "host_memory", lambda: None)
     assert device.recomputes(load(source), 32, 4)
+
+
+def test_the_dtype_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert device.best_dtype(cpu) == dtype
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        # Asked for what the GPU computes, not for what it emulates.
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has)
+        assert device.best_dtype(gpu) == dtype
 
 
 def test_it_tells_what_a_step_takes_and_where_that_is_too_much(

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,26 @@ def test_a_lora_step_runs_dry(system: str, one_thread: None) -> None:
     # Of each block: q, k, v, out 64 -> 64; fc_in 64 -> 256; fc_out 256 -> 64.
     assert figures["trained"] == 2 * 4 * (4 * (64 + 64) + 2 * (64 + 256))
     assert figures["tokens_per_s"] == pytest.approx(16 / figures["step_s"])
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_step_is_tried_within_a_limit(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's limit stood in for, as no GPU is here: 7.5 of 80 GiB, and none of it afterwards."""
+    fractions: list[float] = []
+    has = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share)
+    )
+
+    def step() -> None:
+        assert fractions == [7.5 / 80]
+        if not room:
+            raise torch.cuda.OutOfMemoryError
+
+    assert lora_step.fits(lora_step.LIMIT, step, torch.device("cuda")) is room
+    assert fractions == [7.5 / 80, 1.0]
 
 
 def test_a_system_that_fails_or_does_not_fit_is_told(

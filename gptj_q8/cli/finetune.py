@@ -254,7 +254,7 @@ def say_report(screen: Screen, report: Report) -> None:
 
 
 def say_losses(screen: Screen, report: Report) -> None:
-    """Prints the held-out loss before and after."""
+    """Prints the held-out loss before and after, and where it was lowest if that was between."""
     before, after = report.held_out[0][1], report.held_out[-1][1]
     change = 100 * (after / before - 1)
     rows = [
@@ -262,6 +262,12 @@ def say_losses(screen: Screen, report: Report) -> None:
         ("perplexity", f"{math.exp(before):.1f}", f"{math.exp(after):.1f}", ""),
     ]
     screen.table((f"{report.held_out_tokens:,} held-out tokens", "before", "after", ""), rows)
+    step, lowest = min(report.held_out, key=lambda point: point[1])
+    if report.finished and lowest < 0.999 * after:
+        screen.note(
+            f"It was lowest, {lowest:.3f}, after step {step} of {report.steps}: fewer steps or a "
+            "lower learning rate may do better."
+        )
 
 
 def say_samples(screen: Screen, report: Report) -> None:

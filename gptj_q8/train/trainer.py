@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -123,7 +124,10 @@ class Q8Trainer(Trainer):
             last = last_checkpoint(Path(self.args.output_dir))
             kept = f"{last} is kept, to resume from" if last else "there is no checkpoint yet"
             reason = str(error).splitlines()[0]
-            raise OSError(f"{target} could not be written ({reason}); {kept}") from error
+            free = shutil.disk_usage(target.parent).free / 1e6
+            raise OSError(
+                f"{target} could not be written ({reason}; {free:.1f} MB are free now); {kept}"
+            ) from error
         finally:
             self._staging = None
         rotate_checkpoints(str(target.parent), self.args.save_total_limit)
