@@ -74,7 +74,7 @@ def state_dict(
             state[f"{name}.weight"], absmax = quantize(module.weight, table)
             state[f"{name}.absmax"], state[f"{name}.code"] = absmax.to(scales), table.to(scales)
             state |= adapter(name, module.weight.shape, isinstance(module, nn.Embedding), adapters)
-        elif isinstance(module, nn.LayerNorm):
+        elif getattr(module, "weight", None) is not None:  # a norm
             state[f"{name}.weight"] = module.weight.detach().to(floats)
         if getattr(module, "bias", None) is not None:
             state[f"{name}.bias"] = module.bias.detach().to(floats)
@@ -146,7 +146,7 @@ class OldLinear(nn.Module):
     def __init__(self, state: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
         parts = (state[f"{name}.{part}"] for part in ("weight", "absmax", "code"))
-        self.matrix, self.bias = decode(*parts).double(), state.get(f"{name}.bias")
+        self.weight, self.bias = decode(*parts).double(), state.get(f"{name}.bias")
         self.matrices = [
             state[f"{name}.adapter.{i}.weight"].double()
             for i in range(3)
@@ -154,7 +154,7 @@ class OldLinear(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.matrix, self.bias.double() if self.bias is not None else None)
+        y = F.linear(x, self.weight, self.bias.double() if self.bias is not None else None)
         if self.matrices:
             a, b = self.matrices
             y = y + F.linear(F.linear(x, a), b)
@@ -165,7 +165,7 @@ class OldEmbedding(OldLinear):
     """The old FrozenBNBEmbedding."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.matrix)
+        rows = F.embedding(ids, self.weight)
         if self.matrices:
             a, b = self.matrices
             rows = rows + F.linear(F.embedding(ids, a), b)
@@ -181,9 +181,10 @@ def old_model(
         if isinstance(module, nn.Linear | nn.Embedding):
             old = OldLinear if isinstance(module, nn.Linear) else OldEmbedding
             model.set_submodule(name, old(state, name))
-        elif isinstance(module, nn.LayerNorm):
+        elif getattr(module, "weight", None) is not None:
             module.weight.data = state[f"{name}.weight"].double()
-            module.bias.data = state[f"{name}.bias"].double()
+            if getattr(module, "bias", None) is not None:
+                module.bias.data = state[f"{name}.bias"].double()
     return model
 
 

@@ -10,10 +10,11 @@ import hivemind_layout as old
 import pytest
 import torch
 from command_line import float32, read_json, run, save_byte_gptj
+from families import family, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import IDS, contents, load, logits, relative
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import gptj_q8
 from gptj_q8.checkpoint import convert_checkpoint
@@ -388,30 +389,44 @@ def test_hub_id(tmp_path):
         assert relative(logits(model), old.old_logits(state)) < CLOSE
 
 
-def test_another_family(tmp_path):
-    """GPT-Neo was offered so as well; its tied matrices were stored twice."""
-    model = GPTNeoForCausalLM(
-        GPTNeoConfig(
-            vocab_size=130,
-            hidden_size=48,
-            num_layers=2,
-            num_heads=4,
-            attention_types=[[["global", "local"], 1]],
-            max_position_embeddings=64,
-            window_size=8,
-        )
-    )
+@pytest.mark.parametrize(
+    ("name", "leftover"),
+    [("gpt_neo", "transformer.h.1.attn.attention.bias"), ("bloom", None)],
+)
+def test_other_families(tmp_path, name, leftover):
+    """They were offered so as well; their tied matrices were stored twice."""
+    model = family(name)
     state = old.state_dict(model=model)
-    assert {"lm_head.weight", "transformer.h.1.attn.attention.bias"} < state.keys()
+    assert "lm_head.weight" in state
+    assert leftover is None or leftover in state
     old.write(tmp_path / "old", state, model=model)
     with torch.no_grad():
-        expected = old.old_model(state, model.eval())(IDS).logits
+        expected = old.old_model(state, model)(IDS).logits
     loaded = gptj_q8.from_pretrained(tmp_path / "old")
     loaded.save_pretrained(tmp_path / "saved")
     convert_checkpoint(tmp_path / "old", tmp_path / "new")
     for each in (loaded, load(tmp_path / "saved"), load(tmp_path / "new")):
         assert relative(logits(each), expected) < CLOSE
-        assert each.lm_head.codes is each.transformer.wte.codes
+        assert each.lm_head.codes is each.get_input_embeddings().codes
+
+
+def test_an_encoder_with_a_decoder(tmp_path):
+    """As T0-3B-8bit is; through Transformers' class for such models."""
+    options = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    tokens = {"vocab_size": 130, "decoder_start_token_id": 0}
+    model = make("T5ForConditionalGeneration", "T5Config", {**options, **tokens})
+    state = old.state_dict(model=model)
+    old.write(tmp_path / "old", state, model=model)
+    with torch.no_grad():
+        expected = old.old_model(state, model)(IDS, decoder_input_ids=IDS).logits
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    for path, config in (
+        (tmp_path / "old", {"quantization_config": Q8Config()}),
+        (tmp_path / "new", {}),
+    ):
+        each = AutoModelForSeq2SeqLM.from_pretrained(path, **config)
+        with torch.no_grad():
+            assert relative(each(IDS, decoder_input_ids=IDS).logits, expected) < CLOSE
 
 
 def test_float_checkpoints_are_none_of_these(float_dir, stored_dir):
