@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 
 BLOCK = 4096
 RANK = 3
+FORMS = ("bin", "safetensors", "bin-shards", "safetensors-shards")
+CLOSE = 1e-6  # float32, as the old code was, against float64
 ADAPTERS = ("none", "hivemind", "dropout", "attention")
 """None; on every module; with dropout in between (gustavecortal); on attention only (vetka925)."""
 
@@ -193,3 +196,21 @@ def old_logits(state: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = old_model(state)(IDS).logits
     return logits
+
+
+def assert_same_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Every 8-bit layer has the codes, scales and table that are stored, and decodes to them."""
+    stored = {name.removesuffix(".code") for name in state if name.endswith(".code")}
+    modules: dict[str, Any] = dict(model.named_modules())
+    found = {name: layer for name, layer in modules.items() if hasattr(layer, "codebook")}
+    assert {name.removesuffix(".base_layer") for name in found} == stored
+    for name, layer in found.items():
+        weight, absmax, code = (
+            state[f"{name.removesuffix('.base_layer')}.{part}"]
+            for part in ("weight", "absmax", "code")
+        )
+        assert layer.block_size == 4096
+        assert torch.equal(layer.codes, weight), name
+        assert torch.equal(layer.absmax, absmax.float()), name
+        assert torch.equal(layer.codebook, code.float()), name
+        assert torch.equal(layer.dequantize(), decode(weight, absmax, code)), name
