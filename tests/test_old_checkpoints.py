@@ -124,9 +124,7 @@ def test_new_adapters_do_not_mix_with_those_that_came_along(tmp_path):
     assert relative(logits(model), old.old_logits(state)) < old.CLOSE
     both = get_peft_model(model, lora(), adapter_name="new")
     bare = old.old_logits(old.state_dict())
-    assert (
-        relative(logits(both), bare) < old.CLOSE
-    )  # the new one is active
+    assert relative(logits(both), bare) < old.CLOSE  # the new one is active
     both.base_model.set_adapter(["default", "new"])
     assert relative(logits(both), old.old_logits(state)) < old.CLOSE
 
