@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm test-packaging lint format bench bench-cpu gpu gpu-test gpu-bench clean
+.PHONY: venv demo test test-arm test-packaging lint format bench gpu gpu-test gpu-bench clean
 
 venv: $(BUILT)
 
@@ -45,12 +45,9 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(shell find tests -name "*.cpp" -o -name "*.h")
 
+# Every op and whole models, beside PyTorch and the peers, an hour: tables, and JSON and plots in out/.
 bench: venv
-	$(BIN)/python -m benchmarks.bench_linear
-
-# Every shape and M, beside PyTorch and the peers: tables, and JSON and a figure in out/.
-bench-cpu: venv
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # For a machine with a GPU and its Python packages but no network: uses that Python, not .venv.
 # Without a GPU: `make gpu ARGS="--device cpu --tiny" PYTHON=.venv/bin/python` tries the parts.

@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -262,6 +262,9 @@ LIBRARIES = [
 
 if __name__ == "__main__":
     setup(
+        # What `gptj-q8 bench` runs lies beside the package in a clone, and inside it in a wheel.
+        packages=[*find_packages(include=["gptj_q8*"]), "gptj_q8._benchmarks"],
+        package_dir={"gptj_q8._benchmarks": "benchmarks"},
         ext_modules=LIBRARIES,
         cmdclass={"build_ext": BuildLibraries},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},

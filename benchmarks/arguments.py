@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, Selection
 from benchmarks.machine import new_results
+from benchmarks.shapes import M_SHORT, SHAPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +38,9 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_system_options(made: argparse.ArgumentParser) -> None:
-    """--systems, and for ours --backend, --codebook, --block-size; --dtype for all."""
+    """--shapes, --m, --dtype, --systems, and for ours --backend, --codebook, --block-size."""
+    made.add_argument("--shapes", nargs="+", choices=SHAPES, help="the op's own unless given")
+    made.add_argument("--m", nargs="+", type=int, help=f"rows of x, tokens; {M_SHORT} unless given")
     made.add_argument(
         "--systems", nargs="+", metavar="NAME", help="only these, by name or its first word"
     )
@@ -76,15 +79,17 @@ def make_bench(module: str, options: argparse.Namespace, argv: list[str]) -> Ben
     )
 
 
-def chosen_dtypes(options: argparse.Namespace) -> list[torch.dtype]:
+def selection(options: argparse.Namespace) -> Selection:
     default = ["float16" if options.device.type == "cuda" else "bfloat16"]
-    return [DTYPES[name] for name in options.dtype or default]
-
-
-def chosen_formats(options: argparse.Namespace) -> list[tuple[str, int, str]]:
-    """Codebook, block size, and what to add to a system's name where there are several."""
-    formats = [(c, b) for c in options.codebook for b in options.block_size]
-    return [(c, b, f" {c}/{b}" if len(formats) > 1 else "") for c, b in formats]
+    return Selection(
+        device=options.device,
+        dtypes=tuple(DTYPES[name] for name in options.dtype or default),
+        shapes=tuple(options.shapes) if options.shapes else None,
+        m=tuple(options.m) if options.m else None,
+        formats=tuple((book, size) for book in options.codebook for size in options.block_size),
+        backends=tuple(options.backend),
+        tiny=options.tiny,
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -1,22 +1,16 @@
-"""Times a step of 8-bit AdamW beside PyTorch's fused AdamW and bitsandbytes' AdamW8bit.
+"""A step of 8-bit AdamW beside PyTorch's fused AdamW and bitsandbytes' AdamW8bit."""
 
-python -m benchmarks.bench_adam --dtype float32 bfloat16
-"""
-
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.arguments import add_system_options, chosen_dtypes, make_bench, parser
 from benchmarks.cold import copies_for
-from benchmarks.harness import Case, Check, Maker, System, relative_error
+from benchmarks.harness import Case, Cases, Check, Maker, Selection, System, relative_error
 from benchmarks.inputs import random_generator, random_weight
-from benchmarks.report import finish
 from benchmarks.shapes import SHAPES, Shape
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 1e-3, 0.9, 0.999, 1e-8, 0.01
@@ -27,26 +21,29 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 CODEBOOKS = "dynamic", "dynamic_unsigned"
 
 
-def main(argv: list[str]) -> int:
-    made = parser("benchmarks.bench_adam", __doc__)
-    add_system_options(made)
-    options = made.parse_args(argv)
-    bench = make_bench("benchmarks.bench_adam", options, argv)
-    shape = SHAPES["tiny_odd" if options.tiny else "attention"]
-    for dtype in chosen_dtypes(options):
-        for block_size in options.block_size:
-            problem = _Problem(shape, dtype, block_size, options.device)
-            case = Case(
-                "adam_step_", shape.name, None, shape.n, shape.k, dtype, 0, "torch AdamW fused"
-            )
-            makers: dict[str, Maker] = {
-                ours.system_name(backend): partial(problem.ours, backend)
-                for backend in options.backend
-            }
-            makers["torch AdamW fused"] = problem.torch_fused
-            makers["bitsandbytes"] = problem.bitsandbytes
-            bench.run(case, makers)
-    return finish(bench)
+def cases(op: str, selection: Selection) -> Cases:
+    """op: "adam_step_". Of the formats only the block size counts."""
+    own = ("tiny_odd",) if selection.tiny else ("attention",)
+    for dtype in selection.dtypes:
+        for shape in (SHAPES[name] for name in selection.shapes or own):
+            for block_size in dict.fromkeys(size for _, size in selection.formats):
+                problem = cache(partial(_Problem, shape, dtype, block_size, selection.device))
+                makers: dict[str, Maker] = {
+                    ours.system_name(backend): partial(_make, problem, "ours", backend)
+                    for backend in selection.backends
+                }
+                makers["torch AdamW fused"] = partial(_make, problem, "torch_fused")
+                makers["bitsandbytes"] = partial(_make, problem, "bitsandbytes")
+                yield (
+                    Case(op, shape.name, None, shape.n, shape.k, dtype, 0, "torch AdamW fused"),
+                    makers,
+                )
+
+
+def _make(problem: Callable[[], "_Problem"], kind: str, *arguments: str) -> System:
+    """The problem's system of that kind, the problem made when first asked for."""
+    system: System = getattr(problem(), kind)(*arguments)
+    return system
 
 
 class _Problem:
@@ -135,7 +132,3 @@ class _Problem:
             block_size=block_size,
             codebook=CODEBOOKS[0] if block_size else None,
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

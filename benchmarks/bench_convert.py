@@ -10,7 +10,6 @@ second of greedy generation from the 8-bit model and from the original in bfloat
 Transformers, in turns, each at least three times.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -18,14 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.arguments import parser, set_threads
+from benchmarks.machine import new_results
+from benchmarks.report import print_results
+from benchmarks.results import Model
+
+GIGA = 1e9
 # Weights of the original's width: GPT-J draws its own with a deviation of 0.02.
 DEVIATION = 0.02
 SHARD_BYTES = 600_000_000
@@ -56,12 +60,9 @@ class Conversion:
 
 @dataclass
 class Generation:
-    """Tokens per second, the median of the rounds, and each round."""
+    """Tokens per second of ours and of bfloat16 in each round."""
 
     tokens: int
-    threads: int
-    ours: float
-    bfloat16: float
     rounds: list[tuple[float, float]]
 
 
@@ -203,8 +204,7 @@ def generate(original: Path, converted: Path, tokens: int, rounds: int) -> Gener
     pairs = [
         (_tokens_per_second(ours, tokens), _tokens_per_second(plain, tokens)) for _ in range(rounds)
     ]
-    medians = [statistics.median(speeds) for speeds in zip(*pairs, strict=True)]
-    return Generation(tokens, torch.get_num_threads(), medians[0], medians[1], pairs)
+    return Generation(tokens, pairs)
 
 
 def _tokens_per_second(model: Any, tokens: int) -> float:
@@ -222,45 +222,63 @@ def _tokens_per_second(model: Any, tokens: int) -> float:
     return (out.shape[1] - PROMPT_TOKENS) / seconds
 
 
-def lines(conversion: Conversion, generation: Generation | None) -> Iterator[str]:
-    yield f"float16      {conversion.bytes_before / 1e9:6.3f} GB"
-    yield (
-        f"8 bits       {conversion.bytes_after / 1e9:6.3f} GB, "
-        f"{conversion.bits_per_weight:.3f} bits per weight"
-    )
-    yield f"peaks of anonymous memory over its value after imports (limit {_mb(conversion.limit)}):"
-    yield f"  file to file           {_mb(conversion.peak)}, {conversion.seconds:.1f} s"
-    yield (
-        f"  loading, quantizing    {_mb(conversion.quantizing_load_peak)}, "
-        f"{conversion.quantizing_load_seconds:.1f} s"
-    )
-    yield (f"  loading the 8 bits     {_mb(conversion.load_peak)}, {conversion.load_seconds:.1f} s")
+def models(conversion: Conversion, generation: Generation | None) -> list[Model]:
+    """The figures as results hold them; peaks are of anonymous memory over that after imports."""
+    found = [
+        Model(
+            "convert",
+            "file to file",
+            {
+                "float16_gb": conversion.bytes_before / GIGA,
+                "8bit_gb": conversion.bytes_after / GIGA,
+                "bits_per_weight": conversion.bits_per_weight,
+                "seconds_s": conversion.seconds,
+                "peak_gb": conversion.peak / GIGA,
+                "limit_gb": conversion.limit / GIGA,
+            },
+        ),
+        Model(
+            "convert",
+            "loading, quantizing",
+            {
+                "seconds_s": conversion.quantizing_load_seconds,
+                "peak_gb": conversion.quantizing_load_peak / GIGA,
+            },
+        ),
+        Model(
+            "convert",
+            "loading the 8 bits",
+            {"seconds_s": conversion.load_seconds, "peak_gb": conversion.load_peak / GIGA},
+        ),
+    ]
     if generation is not None:
-        yield (
-            f"8 bits       {generation.ours:6.2f} tokens/s, {generation.tokens} tokens, "
-            f"{generation.threads} threads\n"
-            f"bfloat16     {generation.bfloat16:6.2f} tokens/s under plain Transformers; "
-            f"8 bits is {generation.ours / generation.bfloat16:.2f} times as fast"
-        )
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
+        found += [
+            Model(
+                "generate",
+                name,
+                {
+                    "tokens": generation.tokens,
+                    "tokens_per_s": statistics.median(speeds),
+                    "slowest_tokens_per_s": min(speeds),
+                    "fastest_tokens_per_s": max(speeds),
+                },
+            )
+            for name, speeds in zip(
+                ("gptj_q8", "bfloat16"), zip(*generation.rounds, strict=True), strict=True
+            )
+        ]
+    return found
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--layers", type=int, default=4, help="blocks of GPT-J; 4 unless given")
-    parser.add_argument("--tiny", action="store_true", help="dry run on a narrow model")
-    parser.add_argument("--tokens", type=int, default=32, help="to generate; 0 for none")
-    parser.add_argument("--rounds", type=int, default=3, help="of generation, per model")
-    parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    options = parser.parse_args(argv)
+    made = parser("benchmarks.bench_convert", __doc__)
+    made.add_argument("--layers", type=int, default=4, help="blocks of GPT-J; 4 unless given")
+    made.add_argument("--tokens", type=int, default=32, help="to generate; 0 for none")
+    made.add_argument("--rounds", type=int, default=3, help="of generation, per model")
+    made.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
+    options = made.parse_args(argv)
+    set_threads(options)
+    results = new_results(torch.device("cpu"), "benchmarks.bench_convert", argv)
 
     width, shard_bytes = (256, 20_000_000) if options.tiny else (4096, SHARD_BYTES)
     work = Path(tempfile.mkdtemp(prefix="bench_convert.", dir=options.directory))
@@ -272,15 +290,10 @@ def main(argv: list[str]) -> int:
             generation = generate(work / "float16", work / "8bit", options.tokens, options.rounds)
     finally:
         shutil.rmtree(work)
-    print(*lines(conversion, generation), sep="\n")
+    results.models += models(conversion, generation)
     if options.json:
-        results = {
-            "conversion": asdict(conversion),
-            "generation": asdict(generation) if generation else None,
-            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        results.write(options.json)
+    print_results(results)
     return 0
 
 

@@ -1,45 +1,40 @@
-"""Times `linear` and `linear_grad_input` beside PyTorch, bitsandbytes and torchao.
+"""`linear` and `linear_grad_input`, beside PyTorch, bitsandbytes, torchao and optimum-quanto."""
 
-    python -m benchmarks.bench_linear                         # GPT-J's shapes, M 1 to 512
-    python -m benchmarks.bench_linear --m 1 --shapes fc_in --backend cpu reference
-    python -m benchmarks.bench_linear --tiny --device cpu     # does it run at all?
-
-All weights are cold and every system's numbers are checked before its time is taken.
-"""
-
-import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.arguments import (
-    add_system_options,
-    chosen_dtypes,
-    chosen_formats,
-    make_bench,
-    parser,
+from benchmarks.harness import (
+    OURS,
+    Case,
+    Cases,
+    Check,
+    Maker,
+    Selection,
+    System,
+    dtype_name,
+    relative_error,
 )
-from benchmarks.harness import OURS, Case, Check, Maker, System, dtype_name, relative_error
 from benchmarks.inputs import random_generator, random_weight
 from benchmarks.matmul_systems import (
     BitsAndBytes,
     DecodeThenMultiply,
     Dense,
+    Linear8bitLt,
     Quantized,
+    Quanto,
     ReadLoop,
     TorchAo,
     TorchInt8,
     Weights,
 )
-from benchmarks.report import finish
-from benchmarks.shapes import GPTJ, M_SHORT, M_TINY, SHAPES, TINY
+from benchmarks.shapes import GPTJ, M_SHORT, M_TINY, SHAPES, TINY, Shape
 
-OPS = ("linear", "linear_grad_input")
 # Rows (for the gradient: columns) of the weight that a result is checked on.
 CHECKED = 256
 # The bound of DESIGN: float32 to 1e-5; half precision at most twice as far off as PyTorch.
@@ -49,54 +44,47 @@ TIMES_TORCH = 2.0
 PEER_BOUND = 0.02
 
 
-def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    made = parser(module, doc)
-    made.add_argument("--op", nargs="+", choices=OPS, default=["linear"])
-    made.add_argument("--shapes", nargs="+", choices=SHAPES)
-    made.add_argument("--m", nargs="+", type=int, help=f"tokens; {M_SHORT} unless given")
-    add_system_options(made)
-    return made
-
-
-def main(argv: list[str]) -> int:
-    options = make_parser("benchmarks.bench_linear", __doc__).parse_args(argv)
-    bench = make_bench("benchmarks.bench_linear", options, argv)
-    default = TINY if options.tiny else GPTJ
-    shapes = [SHAPES[name] for name in options.shapes] if options.shapes else default
-    for dtype in chosen_dtypes(options):
+def cases(op: str, selection: Selection) -> Cases:
+    """op: "linear" or "linear_grad_input"."""
+    default = TINY if selection.tiny else GPTJ
+    shapes = [SHAPES[name] for name in selection.shapes] if selection.shapes else default
+    for dtype in selection.dtypes:
         baseline = f"torch {dtype_name(dtype)}"
         for shape in shapes:
-            weight = random_weight(shape, options.device)
             loaders = {
                 name: functools.cache(functools.partial(_Loaded, load))
-                for name, load in _systems(weight, dtype, options)
+                for name, load in _systems(shape, dtype, selection)
             }
-            for op in options.op:
-                for m in options.m or (M_TINY if options.tiny else M_SHORT):
-                    flops = 2 * m * shape.numel
-                    case = Case(op, shape.name, m, shape.n, shape.k, dtype, flops, baseline)
-                    bench.run(case, _makers(case, m, loaders, options.device))
-    return finish(bench)
+            for m in selection.m or (M_TINY if selection.tiny else M_SHORT):
+                flops = 2 * m * shape.numel
+                case = Case(op, shape.name, m, shape.n, shape.k, dtype, flops, baseline)
+                yield case, _makers(case, m, loaders, selection.device)
 
 
 def _systems(
-    weight: Tensor, dtype: torch.dtype, options: argparse.Namespace
+    shape: Shape, dtype: torch.dtype, selection: Selection
 ) -> Iterator[tuple[str, Callable[[], Weights]]]:
     """Name and constructor of every system, in the order of the table's columns."""
-    yield "read loop", lambda: ReadLoop(weight)
-    formats = chosen_formats(options)
-    for codebook, block_size, suffix in formats:
-        for backend in options.backend:
-            name = ours.system_name(backend) + suffix
-            yield name, functools.partial(Quantized, weight, codebook, block_size, backend)
-    yield f"torch {dtype_name(dtype)}", lambda: Dense(weight, dtype)
-    if weight.device.type == "cpu" and dtype != torch.float32:
-        yield "torch float32", lambda: Dense(weight, torch.float32)
-    codebook, block_size, _ = formats[0]
-    yield "decode + torch", lambda: DecodeThenMultiply(weight, codebook, block_size, "auto")
-    yield "torch int8", lambda: TorchInt8(weight, dtype)
-    yield "bitsandbytes", lambda: BitsAndBytes(weight, dtype, block_size)
-    yield "torchao int8", lambda: TorchAo(weight, dtype)
+    weight = functools.cache(functools.partial(random_weight, shape, selection.device))
+
+    def load(kind: Callable[..., Weights], *arguments: Any) -> Callable[[], Weights]:
+        return lambda: kind(weight(), *arguments)
+
+    yield "read loop", load(ReadLoop)
+    formats = selection.named_formats()
+    for book, size, suffix in formats:
+        for backend in selection.backends:
+            yield ours.system_name(backend) + suffix, load(Quantized, book, size, backend)
+    yield f"torch {dtype_name(dtype)}", load(Dense, dtype)
+    if selection.device.type == "cpu" and dtype != torch.float32:
+        yield "torch float32", load(Dense, torch.float32)
+    book, size, _ = formats[0]
+    yield "decode + torch", load(DecodeThenMultiply, book, size, "auto")
+    yield "torch int8", load(TorchInt8, dtype)
+    yield "bitsandbytes", load(BitsAndBytes, dtype, size)
+    yield "Linear8bitLt", load(Linear8bitLt, dtype)
+    yield "torchao int8", load(TorchAo, dtype)
+    yield "quanto int8", load(Quanto, dtype)
 
 
 class _Loaded:
@@ -158,7 +146,3 @@ def _makers(
 def _spread(size: int, device: torch.device) -> Tensor:
     """Up to CHECKED indices spread over range(size), both ends among them."""
     return torch.linspace(0, size - 1, min(size, CHECKED), device=device).round().long().unique()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,8 +9,6 @@ the logits of four tokens. Prints seconds and the peak of anonymous memory (RssA
 logits included. Pages of the mapped file are no anonymous memory.
 """
 
-import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +17,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_convert import Watched, watch
+from benchmarks.arguments import parser
+from benchmarks.bench_convert import GIGA, Watched, watch
+from benchmarks.machine import new_results
+from benchmarks.report import print_results
+from benchmarks.results import Model
 from gptj_q8.codebooks import dynamic
 
 BLOCK = 4096
@@ -103,29 +105,25 @@ def write_apart(directory: Path, layers: int) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_old_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--layers", type=int, default=28, help="blocks of GPT-J; 28 unless given")
-    parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    options = parser.parse_args(argv)
+    made = parser("benchmarks.bench_old_checkpoint", __doc__)
+    made.add_argument("--layers", type=int, default=28, help="blocks of GPT-J; 28 unless given")
+    made.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
+    options = made.parse_args(argv)
+    layers = 1 if options.tiny else options.layers
+    results = new_results(torch.device("cpu"), "benchmarks.bench_old_checkpoint", argv)
 
     work = Path(tempfile.mkdtemp(prefix="bench_old_checkpoint.", dir=options.directory))
     try:
-        size = write_apart(work / "old", options.layers)
-        print(f"pytorch_model.bin: {size / 2**30:.2f} GiB")
-        results = measure(work / "old", work / "new")
+        size = write_apart(work / "old", layers)
+        steps = measure(work / "old", work / "new")
     finally:
         shutil.rmtree(work)
-    for name, watched in results.items():
-        print(f"{name:46} {watched.peak / 1e9:5.2f} GB, {watched.seconds:5.1f} s")
+    for name, watched in steps.items():
+        figures = {"seconds_s": watched.seconds, "peak_gb": watched.peak / GIGA}
+        results.models.append(Model("old checkpoint", name, {"file_gb": size / GIGA, **figures}))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {name: watched._asdict() for name, watched in results.items()}
-        options.json.write_text(json.dumps({"bytes": size, **facts}, indent=1) + "\n")
+        results.write(options.json)
+    print_results(results)
     return 0
 
 

@@ -1,7 +1,4 @@
-"""Times what is done to weights besides multiplying: quantize, fit, dequantize, embedding.
-
-    python -m benchmarks.bench_weights
-    python -m benchmarks.bench_weights --op quantize --codebook dynamic --block-size 4096
+"""What is done to weights besides multiplying: quantize, fit, dequantize, embedding.
 
 `fit` finds the fitted codebook of a weight (histogram and levels), `quantize` encodes with a
 codebook at hand. The baseline is a cast between float and uint8 in PyTorch, which moves the same
@@ -9,8 +6,7 @@ bytes and computes next to nothing; for embedding it is PyTorch's own.
 """
 
 import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.arguments import (
-    add_system_options,
-    chosen_dtypes,
-    chosen_formats,
-    make_bench,
-    parser,
-)
 from benchmarks.cold import copies_for
-from benchmarks.harness import Case, Check, Maker, System, relative_error
+from benchmarks.harness import (
+    Case,
+    Cases,
+    Check,
+    Maker,
+    Selection,
+    System,
+    UnavailableError,
+    relative_error,
+)
 from benchmarks.inputs import random_generator, random_weight
-from benchmarks.report import finish
 from benchmarks.shapes import M_SHORT, M_TINY, SHAPES, Shape
 
 # Every backend of ours encodes and decodes the same bits.
@@ -42,25 +39,33 @@ PEER_BOUND = 0.03
 ID_SETS = 64
 
 
-def main(argv: list[str]) -> int:
-    made = parser("benchmarks.bench_weights", __doc__)
-    made.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    add_system_options(made)
-    options = made.parse_args(argv)
-    bench = make_bench("benchmarks.bench_weights", options, argv)
-    for dtype in chosen_dtypes(options):
-        data_of = functools.cache(partial(Data.of, dtype=dtype, device=options.device))
-        for op in options.op:
-            shape = SHAPES["tiny_odd" if options.tiny else OPS[op].shape]
-            for m in (M_TINY if options.tiny else M_SHORT) if op == "embedding" else [None]:
-                case = Case(op, shape.name, m, shape.n, shape.k, dtype, 0, OPS[op].baseline)
+def cases(op: str, selection: Selection) -> Cases:
+    """op: a key of OPS."""
+    found = OPS[op]
+    own = ("tiny_odd",) if selection.tiny else (found.shape,)
+    rows = selection.m or (M_TINY if selection.tiny else M_SHORT)
+    for dtype in selection.dtypes:
+        for shape in (SHAPES[name] for name in selection.shapes or own):
+            data_of = functools.cache(partial(Data.of, shape, dtype=dtype, device=selection.device))
+            for m in rows if op == "embedding" else [None]:
                 makers: dict[str, Maker] = {}
-                for codebook, block_size, suffix in chosen_formats(options):
-                    data = data_of(shape, codebook, block_size)
-                    for name, make in OPS[op].systems(data, m or 0, options.backend).items():
-                        makers.setdefault(name if name == case.baseline else name + suffix, make)
-                bench.run(case, makers)
-    return finish(bench)
+                for codebook, block_size, suffix in selection.named_formats():
+                    built = functools.cache(
+                        lambda book=codebook, size=block_size, m=m, data_of=data_of: found.systems(
+                            data_of(book, size), m or 0, selection.backends
+                        )
+                    )
+                    for name in (*map(ours.system_name, selection.backends), *found.peers):
+                        full = name if name == found.baseline else name + suffix
+                        makers.setdefault(full, partial(_make, built, name))
+                yield (
+                    Case(op, shape.name, m, shape.n, shape.k, dtype, 0, found.baseline),
+                    makers,
+                )
+
+
+def _make(built: Callable[[], dict[str, Maker]], name: str) -> System:
+    return built()[name]()
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Data:
         return self.weight.nbytes + self.codes.nbytes + self.absmax.nbytes
 
 
-def quantize_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker]:
+def quantize_systems(data: Data, m: int, backends: Sequence[str]) -> dict[str, Maker]:
     weights = _copies(data.weight)
 
     def make(backend: str) -> System:
@@ -123,10 +128,13 @@ def quantize_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker
     }
 
 
-def fit_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker]:
+def fit_systems(data: Data, m: int, backends: Sequence[str]) -> dict[str, Maker]:
     weights = _copies(data.weight)
 
     def make(backend: str) -> System:
+        if backend != "auto":
+            raise UnavailableError("the codebook is fitted by whatever backend serves")
+
         def fit(i: int) -> Tensor:
             return ours.codebook("fitted", weights[i], data.block_size)
 
@@ -140,10 +148,10 @@ def fit_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker]:
 
         return _system(data, fit, len(weights), data.weight.nbytes, check)
 
-    return {**_of_ours(["auto"], make), "torch cast": partial(_cast, weights, torch.uint8)}
+    return {**_of_ours(backends, make), "torch cast": partial(_cast, weights, torch.uint8)}
 
 
-def dequantize_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker]:
+def dequantize_systems(data: Data, m: int, backends: Sequence[str]) -> dict[str, Maker]:
     codes = _copies(data.codes)
     dtype = data.weight.dtype
     exact = ours.reference("dequantize")(
@@ -179,7 +187,7 @@ def dequantize_systems(data: Data, m: int, backends: list[str]) -> dict[str, Mak
     }
 
 
-def embedding_systems(data: Data, m: int, backends: list[str]) -> dict[str, Maker]:
+def embedding_systems(data: Data, m: int, backends: Sequence[str]) -> dict[str, Maker]:
     (n, k), device, dtype = data.weight.shape, data.weight.device, data.weight.dtype
     ids = torch.randint(0, n, (ID_SETS, m), generator=random_generator(device), device=device)
     stored = (data.codes, data.absmax, data.table, data.block_size, dtype)
@@ -206,20 +214,26 @@ def embedding_systems(data: Data, m: int, backends: list[str]) -> dict[str, Make
 
 @dataclass(frozen=True)
 class _Op:
-    systems: Callable[[Data, int, list[str]], dict[str, Maker]]
+    """shape: that it is timed on. peers: the names of the systems that are not ours."""
+
+    systems: Callable[[Data, int, Sequence[str]], dict[str, Maker]]
     shape: str
-    baseline: str
+    peers: tuple[str, ...]
+
+    @property
+    def baseline(self) -> str:
+        return self.peers[0]
 
 
 OPS = {
-    "quantize": _Op(quantize_systems, "attention", "torch cast"),
-    "fit": _Op(fit_systems, "attention", "torch cast"),
-    "dequantize": _Op(dequantize_systems, "attention", "torch cast"),
-    "embedding": _Op(embedding_systems, "lm_head", "torch"),
+    "quantize": _Op(quantize_systems, "attention", ("torch cast", "bitsandbytes")),
+    "fit": _Op(fit_systems, "attention", ("torch cast",)),
+    "dequantize": _Op(dequantize_systems, "attention", ("torch cast", "bitsandbytes")),
+    "embedding": _Op(embedding_systems, "lm_head", ("torch",)),
 }
 
 
-def _of_ours(backends: list[str], make: Callable[[str], System]) -> dict[str, Maker]:
+def _of_ours(backends: Sequence[str], make: Callable[[str], System]) -> dict[str, Maker]:
     return {ours.system_name(backend): partial(make, backend) for backend in backends}
 
 
@@ -244,7 +258,3 @@ def _copies(tensor: Tensor) -> list[Tensor]:
 
 def _peer_check(decode: Callable[[], Tensor], weight: Tensor) -> Check:
     return Check(relative_error(decode(), weight), PEER_BOUND)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

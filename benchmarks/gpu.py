@@ -7,7 +7,7 @@
 Needs a GPU and its Python packages, and no network: it installs this package and nothing else.
 Each part is a process of its own with a time limit, so one that fails or hangs costs the others
 nothing; what it had measured by then is kept. Prints tables and writes <gpu>.json and, where
-matplotlib is installed, <gpu>.png into benchmarks/results (a dry run: into out).
+matplotlib is installed, <gpu>-*.png into benchmarks/results (a dry run: into out).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def steps(device: str, tiny: bool) -> list[Step]:
     timed on a GPU. A benchmark stops by itself when three quarters of its limit are over.
     """
     at = f"--device {device}" + (" --tiny" if tiny else "")
-    products = f"benchmarks.bench_linear {at} --backend auto cuda triton slabs"
+    products = f"benchmarks.ops {at} --backend auto cuda triton slabs"
     tests = "tests/test_static_cache.py" if tiny else "tests"
     workers = "" if tiny or importlib.util.find_spec("xdist") is None else "-n 4"
     return [
@@ -47,7 +47,7 @@ def steps(device: str, tiny: bool) -> list[Step]:
         # 104 cases of eight systems: nine samples of 5 ms each, and half a second to compile.
         _benchmark(
             "linear",
-            f"{products} --dtype float16 bfloat16" + ("" if tiny else f" --m {ROWS}"),
+            f"{products} --op linear --dtype float16 bfloat16" + ("" if tiny else f" --m {ROWS}"),
             90,
         ),
         # 16 such cases.
@@ -56,8 +56,8 @@ def steps(device: str, tiny: bool) -> list[Step]:
             f"{products} --op linear_grad_input" + ("" if tiny else " --m 1 64 512 4096"),
             25,
         ),
-        _benchmark("weights", f"benchmarks.bench_weights {at}", 20),
-        _benchmark("adam", f"benchmarks.bench_adam {at} --dtype float32 bfloat16", 15),
+        _benchmark("weights", f"benchmarks.ops {at} --op quantize fit dequantize embedding", 20),
+        _benchmark("adam", f"benchmarks.ops {at} --op adam_step_ --dtype float32 bfloat16", 15),
         # For each of two systems 8 s of imports and 28 layers made; 64 tokens, of 20 ms at most.
         _benchmark("decode", f"benchmarks.full_size {at}", 35),
         # As many imports; 4 steps of 4 times 2048 tokens' products, half a second each.
@@ -103,19 +103,19 @@ def main(argv: list[str]) -> int:
     run_steps(chosen, results, path, start + 60 * options.minutes - MARGIN_S)
     print_results(results)
     print_parts(results)
-    print(f"Written to {os.path.relpath(path)}{_plot(results, path.with_suffix('.png'))}")
+    print(f"Written to {os.path.relpath(path)}{_plot(results, path)}")
     return 1 if any(part.status == "failed" for part in results.parts) else 0
 
 
 def _plot(results: Results, path: Path) -> str:
     """Draws what can be drawn; what to add to the last line."""
-    from benchmarks.plot import plot
+    from benchmarks.plots import draw_all
 
     try:
-        plot(results, path)
+        drawn = draw_all(results, path.parent, path.stem)
     except Exception as error:  # a figure is no reason to lose the numbers
         return f"; no figure: {error}"
-    return f" and {path.name}"
+    return "".join(f", {each.name}" for each in drawn)
 
 
 def _build(tiny: bool) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """One case, measured: check every system's numbers, time those that are right, make rows.
 
-A case is an op on a shape. A system is one way to compute it: ours, PyTorch's, a peer's.
+A case is an op on a shape. A system is one way to compute it: ours, PyTorch's, a peer's. Files
+`bench_<word>.py` make the cases of a selection, each with the makers of its systems;
+`registry.py` lists them.
 """
 
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +55,28 @@ Maker = Callable[[], System]
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which cases to make; None is the op's own choice. Cases cost nothing until a maker is called.
+
+    formats: codebook and block size of ours. backends: of ours, side by side; "auto" is what the
+    dispatch table picks.
+    """
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[str, ...] | None = None
+    m: tuple[int, ...] | None = None
+    formats: tuple[tuple[str, int], ...] = (("fitted", 256),)
+    backends: tuple[str, ...] = ("auto",)
+    tiny: bool = False
+
+    def named_formats(self) -> list[tuple[str, int, str]]:
+        """Codebook, block size, and what to add to a system's name where there are several."""
+        several = len(self.formats) > 1
+        return [(book, size, f" {book}/{size}" if several else "") for book, size in self.formats]
+
+
+@dataclass(frozen=True)
 class Case:
     """M, N, K as in `y[M, N] = x[M, K] @ w[N, K].T`; M is None for ops on a weight alone."""
 
@@ -71,6 +95,13 @@ class Case:
         return f"{self.op} {self.shape}{m} {dtype_name(self.dtype)}"
 
 
+Cases = Iterator[tuple[Case, Mapping[str, Maker]]]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @dataclass
 class Bench:
     """Runs cases on one device and collects what they give."""
@@ -81,6 +112,7 @@ class Bench:
     seconds: float = float("inf")  # no case starts later than that
     only: list[str] | None = None  # systems, by name or its first word
     dry: bool = False  # samples too short to mean anything
+    say: Callable[[str], None] = _to_stderr  # is told what is being measured
     started: float = field(default_factory=time.monotonic)
 
     def run(self, case: Case, makers: Mapping[str, Maker]) -> None:
@@ -88,7 +120,7 @@ class Bench:
         if time.monotonic() - self.started > self.seconds:
             _add(self.results.skipped, Note(case.label, f"{self.seconds:.0f} s were over"))
             return
-        print(f"{case.label} ...", file=sys.stderr, flush=True)
+        self.say(f"{case.label} ...")
         with torch.no_grad():
             checked = {
                 name: self._checked(case, name, make)

@@ -145,9 +145,7 @@ class TorchInt8(Weights):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         if not (weight.device.type == "cpu" and dtype == torch.bfloat16):
             raise UnavailableError("torch._weight_int8pack_mm is used for bfloat16 on a CPU only")
-        if weight.shape[0] % 32 or weight.shape[1] % 32:
-            # PyTorch 2.13 dies of a segmentation fault on some of these.
-            raise UnavailableError("torch._weight_int8pack_mm wants multiples of 32")
+        _refuse_odd_shapes(weight)
         scale = weight.abs().amax(dim=1).div(127).to(dtype)
         codes = weight.div(scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self._rotate(
@@ -160,6 +158,12 @@ class TorchInt8(Weights):
     def decoded(self) -> Tensor:
         codes, scale = self.copies[0]
         return codes.float() * scale.float()[:, None]
+
+
+def _refuse_odd_shapes(weight: Tensor) -> None:
+    """For torch._weight_int8pack_mm: PyTorch 2.13 dies of a segmentation fault on some of these."""
+    if weight.shape[0] % 32 or weight.shape[1] % 32:
+        raise UnavailableError("torch._weight_int8pack_mm wants multiples of 32")
 
 
 class TorchAo(Weights):
@@ -178,6 +182,49 @@ class TorchAo(Weights):
 
     def decoded(self) -> Tensor:
         return self.copies[0].weight.dequantize().float()
+
+
+class Linear8bitLt(Weights):
+    """bitsandbytes' LLM.int8: a scale for each row of w, and of x, which is rounded to int8 too."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        n, k = weight.shape
+        layer = peer("bitsandbytes").nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False)
+        layer.load_state_dict({"weight": weight.to("cpu", dtype)})
+        layer = layer.to(weight.device).eval()  # which quantizes
+        self._rotate(lambda: copy.deepcopy(layer), n * k + 4 * n, weight.device)
+
+    def linear(self, x: Tensor, i: int) -> Tensor:
+        return self.copies[i](x)
+
+    def decoded(self) -> Tensor:
+        weight = self.copies[0].weight
+        return weight.data.float() * (weight.SCB.float() / 127)[:, None]
+
+
+class Quanto(Weights):
+    """optimum-quanto's int8 weights, with a scale for each row."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        quanto = peer("optimum.quanto")
+        _refuse_odd_shapes(weight)
+        n, k = weight.shape
+
+        def make() -> torch.nn.Module:  # anew for each copy: it refuses to be copied
+            layer = torch.nn.Linear(k, n, bias=False, device="meta")
+            layer.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+            model = torch.nn.Sequential(layer)
+            quanto.quantize(model, weights=quanto.qint8)
+            quanto.freeze(model)
+            return model
+
+        self._rotate(make, n * k + n * dtype.itemsize, weight.device)
+
+    def linear(self, x: Tensor, i: int) -> Tensor:
+        return self.copies[i](x)
+
+    def decoded(self) -> Tensor:
+        return self.copies[0][0].weight.dequantize().float()
 
 
 class ReadLoop(Weights):

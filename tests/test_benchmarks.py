@@ -4,20 +4,24 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, cpu
-from benchmarks.harness import Bench, Case, Check, System, UnavailableError
+from benchmarks import bench_adam, bench_linear, bench_weights, ceilings, cold, ops, registry
+from benchmarks.harness import Bench, Case, Check, Selection, System, UnavailableError
 from benchmarks.machine import new_results
+from benchmarks.parts import ROOT
 from benchmarks.results import Results
 from benchmarks.timing import CudaClock, Timing, compare, speedup
+from gptj_q8.ops import SCHEMAS
 
 CPU = torch.device("cpu")
-RESULTS = Path(bench_linear.__file__).parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class FakeClock:
@@ -251,40 +255,52 @@ def test_committed_results_are_valid() -> None:
         Results.read(file)
 
 
-@pytest.mark.parametrize(
-    ("main", "arguments", "ops"),
-    [
-        (bench_linear.main, "--op linear linear_grad_input", {"linear", "linear_grad_input"}),
-        (bench_weights.main, "", {"quantize", "fit", "dequantize", "embedding"}),
-        (bench_adam.main, "", {"adam_step_"}),
-    ],
-)
-def test_benchmarks_run_dry(
-    main: Callable[[list[str]], int], arguments: str, ops: set[str], tmp_path: Path
-) -> None:
+def test_every_op_has_a_benchmark() -> None:
+    measured = set(registry.OPS) | {"histogram"}  # a part of `fit`
+    assert measured >= set(SCHEMAS)
+
+
+def test_cases_cost_nothing_until_a_maker_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def expensive(*args: object) -> None:
+        raise MemoryError
+
+    for module in (bench_linear, bench_weights, bench_adam):
+        monkeypatch.setattr(module, "random_weight", expensive)
+    chosen = Selection(CPU, (torch.bfloat16,), formats=(("fitted", 64), ("linear", 256)))
+    found = list(registry.cases(list(registry.OPS), chosen))
+    assert {case.op for case, _ in found} == set(registry.OPS)
+    for case, makers in found:
+        assert case.baseline in makers, case.label
+        with pytest.raises(MemoryError):
+            makers[case.baseline]()
+
+
+def test_the_ops_run_dry(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     # Importing the peers takes longer than all of this.
     without_peers = ["--systems", "gptj_q8", "torch", "decode", "read"]
     dry = ["--device", "cpu", "--tiny", "--json", str(path), *without_peers]
     threads = torch.get_num_threads()
     try:
-        assert main([*dry, *arguments.split()]) == 0
+        assert ops.main(dry) == 0
     finally:
         torch.set_num_threads(threads)
     results = Results.read(path)
-    assert {row.op for row in results.rows if row.system == "gptj_q8"} == ops
+    assert {row.op for row in results.rows if row.system == "gptj_q8"} == set(registry.OPS)
     assert not results.failed
+
+
+def test_pytest_benchmark_runs_the_same_cases() -> None:
+    """In a process of its own: its options are not those of the tests."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "-p", "no:cacheprovider"]
+    chosen = ["--benchmark-max-time=0.001", "-k", "gptj_q8 or cast"]
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for op in registry.OPS:
+        assert f"benchmark '{op} tiny" in done.stdout
 
 
 def test_ceilings_run_dry(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     assert ceilings.main(["--device", "cpu", "--tiny", "--json", str(path)]) == 0
     assert Results.read(path).ceilings.keys() >= {"read_gb_per_s", "copy_gb_per_s"}
-
-
-def test_bench_cpu_runs_dry_and_draws(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.json"
-    # 1 says that a check of ours failed; a busy machine cannot make it so.
-    assert cpu.main(["--tiny", "--json", str(path), "--systems", "gptj_q8", "torch"]) == 0
-    assert {row.dtype for row in Results.read(path).rows} == {"bfloat16", "float32"}
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -27,7 +27,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "convert", "generate", "memory", "evaluate", "finetune", "merge", "tune", "doctor"],
+    [
+        "bench",
+        "convert",
+        "demo",
+        "doctor",
+        "evaluate",
+        "finetune",
+        "generate",
+        "memory",
+        "merge",
+        "tune",
+    ],
 )
 def test_help_tells_of_every_command(command: str) -> None:
     assert command in run("--help").stdout

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import full_size, gpu, lora_step
+from benchmarks import full_size, gpu, lora_step, registry
 from benchmarks.machine import new_results
 from benchmarks.parts import ROOT, Step, run_steps
 from benchmarks.results import Model, Results
@@ -110,11 +110,11 @@ def test_every_benchmark_takes_the_arguments_of_its_part(
 ) -> None:
     """Up to where it would measure."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for step in gpu.steps(device, tiny=False):
+    for step in [*gpu.steps(device, tiny=False), *registry.steps(device, tiny=False)]:
         if not step.measures:
             continue
         module = importlib.import_module(step.command[1])
-        for name in ("make_bench", "run_each", "set_threads"):
+        for name in ("make_bench", "run_each", "set_threads", "new_results"):
             monkeypatch.setattr(module, name, parse_only, raising=False)
         with pytest.raises(InterruptedError):
             module.main([*step.command[2:], "--json", "x.json"])
@@ -212,4 +212,4 @@ def test_the_dry_run_runs_every_part(tmp_path: Path) -> None:
         *(("decode", name) for name in ("gptj_q8", "bfloat16", "compiled")),
         *(("lora_step", name) for name in ("gptj_q8", "bfloat16")),
     }
-    assert path.with_suffix(".png").exists()
+    assert path.with_name(f"{path.stem}-speed.png").exists()

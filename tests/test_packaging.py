@@ -144,6 +144,7 @@ def test_the_wheel_holds_the_library_and_no_sources(wheel: Path) -> None:
     assert "-cp311-abi3-linux_" in wheel.name
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {"gptj_q8/_cpu.abi3.so", "gptj_q8/py.typed", "gptj_q8/cli/doctor.py"} <= held
+    assert "gptj_q8/_benchmarks/registry.py" in held
     assert {name.split("/")[0].removesuffix(".dist-info") for name in held} == {
         "gptj_q8",
         wheel.name.split("-cp311")[0],
@@ -165,7 +166,9 @@ def test_the_wheel_works_without_a_compiler(
     assert {package["name"] for package in report["packages"]} >= {"torch", "transformers"}
     passed = env.test(["test_nn.py", "test_ops.py"], "-k", "cpu or nn", **NO_COMPILER)
     assert " passed" in passed
-    assert env.python("-m", "gptj_q8", "generate", "demo", "En", "-n", "3").returncode == 0
+    for command in ("generate demo En -n 3", "bench --tiny"):
+        done = env.python("-m", "gptj_q8", *command.split())
+        assert done.returncode == 0, done.stderr
 
 
 def test_without_a_compiler_the_sdist_installs_pure_python(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gptj_q8.cli.bench import bench_command
 from gptj_q8.cli.convert import convert_command
 from gptj_q8.cli.demo import demo_command
 from gptj_q8.cli.doctor import doctor_command
@@ -33,6 +34,7 @@ app.command("finetune")(guarded(finetune_command))
 app.command("memory")(guarded(memory_command))
 app.command("merge")(guarded(merge_command))
 app.command("doctor")(guarded(doctor_command))
+app.command("bench")(guarded(bench_command))
 app.command("tune")(guarded(tune_command))
 
 
