@@ -11,64 +11,64 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.full_size import GIGA, LAYERS, build, peak_anonymous_memory
+from benchmarks.arguments import parser, set_threads
+from benchmarks.full_size import (
+    GIGA,
+    LAYERS,
+    TINY_LAYERS,
+    TINY_PROMPT,
+    build,
+    peak_anonymous_memory,
+)
 from benchmarks.machine import new_results
+from benchmarks.report import print_results
+from benchmarks.results import Model, Note
 
 TOKENS = (2048, 512)
 RANK = 16
 
 
 def main(argv: list[str]) -> int:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune_memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser("benchmarks.finetune_memory", __doc__)
     made.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     made.add_argument("--layers", type=int, default=LAYERS, help="fewer for a dry run")
     made.add_argument("--rank", type=int, default=RANK)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     made.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = made.parse_args(argv)
     if options.here:
-        print(json.dumps(measure(options.layers, options.tokens[0], options.rank)))
+        set_threads(options)
+        print(json.dumps(measure(options.layers, options.tokens[0], options.rank, options.tiny)))
         return 0
-    results = []
-    for tokens in options.tokens:
-        size = ("--layers", str(options.layers), "--rank", str(options.rank))
-        command = [sys.executable, "-m", "benchmarks.finetune_memory", "--here", *size]
-        done = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE)
+    results = new_results(torch.device("cpu"), "benchmarks.finetune_memory", argv)
+    for tokens in (TINY_PROMPT,) if options.tiny else options.tokens:
+        layers = TINY_LAYERS if options.tiny else options.layers
+        command = [sys.executable, "-m", "benchmarks.finetune_memory", "--here"]
+        command += ["--layers", str(layers), "--rank", str(options.rank), "--tokens", str(tokens)]
+        command += ["--tiny"] if options.tiny else []
+        done = subprocess.run(command, stdout=subprocess.PIPE)
         if done.returncode:
-            print(f"{tokens} tokens: FAILED, exit status {done.returncode}")
-            return 1
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print("\n".join(f"{name:28} {value}" for name, value in results[-1].items()) + "\n")
-    if options.json:
-        draft = options.json.with_suffix(".part")
-        head = asdict(new_results(torch.device("cpu"), "benchmarks.finetune_memory", argv))
-        kept = {
-            name: head[name] for name in ("created", "command", "commit", "machine", "versions")
-        }
-        draft.write_text(json.dumps({**kept, "steps": results}, indent=1) + "\n")
-        os.replace(draft, options.json)
-    return 0
+            results.failed.append(Note(f"{tokens} tokens", f"exit status {done.returncode}"))
+        else:
+            figures = json.loads(done.stdout.splitlines()[-1])
+            results.models.append(Model("finetune_memory", f"{tokens} tokens", figures))
+        if options.json:
+            results.write(options.json)
+    print_results(results)
+    return 1 if results.failed else 0
 
 
-def measure(layers: int, tokens: int, rank: int) -> dict[str, Any]:
-    """Builds the model and takes one step, here."""
+def measure(layers: int, tokens: int, rank: int, tiny: bool = False) -> dict[str, float]:
+    """Builds the model and takes one step, here. RuntimeError where the loss is not finite."""
     from gptj_q8.memory import Setting, estimate
     from gptj_q8.optim import AdamW8bit
 
@@ -84,9 +84,9 @@ def measure(layers: int, tokens: int, rank: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with part("build"):
-        model = trainable(build("gptj_q8", layers)[0], rank)
+        model = trainable(build("gptj_q8", layers, tiny=tiny)[0], rank)
         optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = example(tokens)
+    ids = example(tokens, model.config.vocab_size)
     with part("forward"):
         loss = model(ids, labels=ids).loss
     with part("backward"):
@@ -94,6 +94,8 @@ def measure(layers: int, tokens: int, rank: int) -> dict[str, Any]:
     with part("optimizer"):
         optimizer.step()
         optimizer.zero_grad()
+    if not loss.isfinite():
+        raise RuntimeError(f"finetune_memory: the loss is {loss.item()}")
     guess = estimate(model.config, Setting(tokens=tokens, rank=rank))
     return {
         "tokens": tokens,
@@ -101,11 +103,11 @@ def measure(layers: int, tokens: int, rank: int) -> dict[str, Any]:
         "rank": rank,
         "loss": loss.item(),
         "threads": torch.get_num_threads(),
-        "peak_rss_anon_gb": round(max(peaks.values()), 4),
-        "estimate_gb": round(guess.total / GIGA, 4),
-        "peaks_gb": {name: round(value, 4) for name, value in peaks.items()},
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "step_s": round(sum(s for name, s in seconds.items() if name != "build"), 2),
+        "peak_rss_anon_gb": max(peaks.values()),
+        "estimate_gb": guess.total / GIGA,
+        **{f"peak_{name}_gb": value for name, value in peaks.items()},
+        **{f"{name}_s": value for name, value in seconds.items()},
+        "step_s": sum(s for name, s in seconds.items() if name != "build"),
     }
 
 
@@ -116,9 +118,9 @@ def trainable(model: Any, rank: int) -> Any:
     return prepare_for_finetuning(add_lora(model, r=rank), verbose=False)
 
 
-def example(tokens: int) -> Tensor:
+def example(tokens: int, words: int = 50257) -> Tensor:
     """Token ids [1, tokens]."""
-    return torch.randint(50257, (1, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(words, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,13 @@ def steps(device: str, tiny: bool) -> list[Step]:
         "old checkpoint": "bench_old_checkpoint",
         "decode": f"full_size {at}",
         "finetune": f"lora_step {at}",
+        "finetune memory": "finetune_memory",
+        "finetune speed": "finetune_speed",
     }
+    if device == "cuda":  # lora_step measures both there
+        del commands["finetune memory"], commands["finetune speed"]
+    else:
+        del commands["finetune"]
     return [
         Step(
             name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from command_line import read_json, run
 from tiny import gptj
 
 from benchmarks import __main__ as everything
-from benchmarks import bench_convert, bench_memory, bench_old_checkpoint, plots, quick
+from benchmarks import (
+    bench_convert,
+    bench_memory,
+    bench_old_checkpoint,
+    finetune_memory,
+    finetune_speed,
+    plots,
+    quick,
+)
 from benchmarks.machine import new_results
 from benchmarks.results import Results, Row
 from gptj_q8 import Q8Config, quantize_
@@ -144,12 +154,22 @@ def test_make_bench_writes_json_and_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # some processes each
-@pytest.mark.parametrize("benchmark_of", [bench_convert, bench_old_checkpoint])
-def test_loading_and_converting_run_dry(benchmark_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("benchmark_of", "tasks"),
+    [
+        (bench_convert, {"convert", "generate"}),
+        (bench_old_checkpoint, {"old checkpoint"}),
+        (finetune_memory, {"finetune_memory"}),
+        (finetune_speed, {"finetune_speed, 16 tokens"}),
+    ],
+)
+def test_whole_models_run_dry(
+    benchmark_of: ModuleType, tasks: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "results.json"
-    arguments = ["--tiny", "--json", str(path), "--directory", str(tmp_path)]
-    assert benchmark_of.main(arguments) == 0
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert benchmark_of.main(["--tiny", "--json", str(path)]) == 0
     models = Results.read(path).models
     assert all(value > 0 for model in models for value in model.figures.values())
-    assert {model.task for model in models} in ({"convert", "generate"}, {"old checkpoint"})
-    assert list(tmp_path.iterdir()) == [path]
+    assert {model.task for model in models} == tasks
+    assert list(tmp_path.iterdir()) == [path], "checkpoints are left behind"
