@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from gptj_q8 import backends
+
+if TYPE_CHECKING:
+    from transformers import GPTJForCausalLM
 
 if backends.load("triton").interpreted():
     import interpreter
@@ -88,6 +93,24 @@ def stored_dir(float_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     load(float_dir, quantization_config=Q8Config()).save_pretrained(path, max_shard_size="30KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     return path
+
+
+@pytest.fixture(scope="session")
+def eight_bit_gptj() -> GPTJForCausalLM:
+    """In memory, in 8 bits, for adapters; to be copied, not changed."""
+    from tiny import QUICK, gptj
+
+    from gptj_q8.convert import quantize_
+
+    return quantize_(gptj(), QUICK)
+
+
+@pytest.fixture(scope="session")
+def decoded_gptj(eight_bit_gptj: GPTJForCausalLM) -> GPTJForCausalLM:
+    """The float model of the very same weights: what adapters must agree with."""
+    from gptj_q8.convert import dequantize_
+
+    return dequantize_(copy.deepcopy(eight_bit_gptj))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""gptj_q8.merge: from folder to folder."""
+"""Merging: gptj_q8.merge from folder to folder, and PEFT's methods in memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from adapters import EXACT, attach, lora
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import contents, gpt2, load, logits, relative
+from tiny import QUICK, contents, gpt2, load, logits, relative
 from torch import nn
+from transformers import GPTJForCausalLM
 
 import gptj_q8
-from gptj_q8.nn import Q8Linear
-
-BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+from gptj_q8.nn import Q8Embedding, Q8Linear
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +166,77 @@ def test_the_place_must_be_free(base: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     with pytest.raises(TypeError, match="dtype"):
         gptj_q8.merge(base, adapter, tmp_path / "out", dtype=torch.int8)
+
+
+# In memory, by PEFT's methods.
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_merging_is_right_within_one_rounding_and_unmerging_exact(
+    options: dict[str, Any], eight_bit_gptj: GPTJForCausalLM, decoded_gptj: GPTJForCausalLM
+) -> None:
+    a, b = attach(eight_bit_gptj, lora(**options)), attach(decoded_gptj, lora(**options))
+    before, codes = logits(a), {n: t.clone() for n, t in a.state_dict().items()}
+    a.merge_adapter(safe_merge=True)
+    b.merge_adapter()
+    layers = dict(b.named_modules())
+    for name, layer in a.named_modules():
+        if isinstance(layer, Q8Linear | Q8Embedding):
+            assert 0 < relative(layer.dequantize(), layers[name].weight) < 7e-3, name
+    assert relative(logits(a), before) < 0.05
+    a.unmerge_adapter()
+    assert torch.equal(logits(a), before)
+    assert all(torch.equal(codes[name], tensor) for name, tensor in a.state_dict().items())
+
+
+def test_merge_and_unload_gives_an_8_bit_model_that_saves(
+    eight_bit_gptj: GPTJForCausalLM, tmp_path: Path
+) -> None:
+    a = attach(eight_bit_gptj, lora())
+    before = logits(a)
+    merged = a.merge_and_unload()
+    assert isinstance(merged.lm_head, Q8Linear)
+    assert relative(logits(merged), before) < 0.05
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(merged))
+
+
+def test_dequantized_under_its_adapters_it_merges_exactly(eight_bit_gptj: GPTJForCausalLM) -> None:
+    for options in ({}, {"use_dora": True}):
+        a = attach(eight_bit_gptj, lora(**options))
+        before = logits(a)
+        gptj_q8.dequantize_(a.get_base_model())
+        assert relative(logits(a), before) < EXACT
+        if not options:
+            assert relative(logits(a.merge_and_unload()), before) < EXACT
+
+
+def test_unmerging_what_was_dequantized_since_is_refused(eight_bit_gptj: GPTJForCausalLM) -> None:
+    a = attach(eight_bit_gptj, lora())
+    a.merge_adapter()
+    gptj_q8.dequantize_(a.get_base_model())
+    merged = logits(a)
+    with pytest.raises(RuntimeError, match="default were merged into 8 bits and the model deq"):
+        a.unmerge_adapter()
+    assert torch.equal(logits(a), merged)
+
+
+def test_merging_nan_or_tied_layers_is_refused_and_changes_nothing(
+    eight_bit_gptj: GPTJForCausalLM,
+) -> None:
+    a = attach(eight_bit_gptj, lora())
+    state = {name: tensor.clone() for name, tensor in a.state_dict().items()}
+    layer = a.base_model.model.transformer.h[1].mlp.fc_in
+    layer.lora_B["default"].weight.data[3, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.fc_in\.lora_B\.default\.weight has NaN"):
+        a.merge_adapter()
+    for name, tensor in a.state_dict().items():
+        assert "fc_in.lora_B" in name or torch.equal(state[name], tensor)
+
+    tied = get_peft_model(gptj_q8.quantize_(gpt2(), QUICK), lora(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="share their codes"):
+        tied.merge_and_unload()
+    # Where only other layers have adapters, tied embeddings are in no one's way.
+    other = attach(gptj_q8.quantize_(gpt2(), QUICK), lora(target_modules=["c_attn"]))
+    before = logits(other)
+    assert relative(logits(other.merge_and_unload()), before) < 0.05

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tiny import IDS, QUICK, gptj, load, logits, relative
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPTJForCausalLM, Trainer, TrainingArguments
 
@@ -28,10 +29,6 @@ def _one_thread(one_thread: None) -> None:
 
 def model_8bit(dtype: torch.dtype = torch.float32) -> GPTJForCausalLM:
     return gptj_q8.quantize_(gptj().to(dtype), QUICK)
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def steps(model: nn.Module, count: int = 3, lr: float = 1e-3) -> None:

@@ -11,6 +11,8 @@ from families import family
 from tiny import IDS, relative
 from transformers.models.gptj import modeling_gptj
 
+import gptj_q8
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -39,6 +41,20 @@ def test_the_old_checkpoints_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
             exec(block.replace("hivemind/gpt-j-6B-8bit", str(folder)), names)
             loaded.append(names["model"](IDS).logits)
     assert relative(loaded[0], loaded[1]) < 1e-6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_lora_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks() if "add_lora" in block)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert "442,368 parameters train" in capsys.readouterr().out
+    merged = gptj_q8.from_pretrained("out/merged")
+    # An adapter that has learned nothing yet: the model's own answers, encoded once more at most.
+    assert relative(merged(IDS).logits, gptj_q8.from_pretrained(names["path"])(IDS).logits) < 0.02
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -127,7 +127,7 @@ def finetune_command(
     MODEL may be in float; its weights are then quantized as they are read. Ctrl-C saves, and
     --resume goes on from there.
 
-    Example: `gptj-q8 finetune demo --data demo --output out/proverbs`
+    Example: `gptj-q8 finetune demo --data demo --output out/proverbs --lr 4e-3`
     """
     settings = Settings(
         rank=rank,
