@@ -36,6 +36,9 @@ cudaError_t dequantize(const DequantizeArgs& a, cudaStream_t stream);
 cudaError_t embedding(const EmbeddingArgs& a, cudaStream_t stream);
 cudaError_t adam_step(const AdamArgs& a, cudaStream_t stream);
 
+// Whether `linear` has Hopper's tensor cores: on sm_90, where it was compiled for sm_90a.
+bool has_wgmma(const Gpu& gpu);
+
 // The products may need so many floats for partial sums; they are passed as `partial`, else null.
 // Fewer than 2^31 - 4096 rows and columns of w, fewer than 2^40 results.
 int64_t linear_partials(const LinearArgs& a, const Gpu& gpu);

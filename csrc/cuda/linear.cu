@@ -4,11 +4,13 @@
 // from 3 rows of x on, the multiply-adds of the kernel for few rows leave A100 and H100 short of
 // their memory's bandwidth, and the tensor cores' kernel does not; T4's bandwidth leaves room for 4
 // rows. Where no tensor core multiplies the type, the kernel for few rows goes to 8 in two tiles of
-// 4 (the second reads w from the L2 cache); above that the plain one decodes w less often.
+// 4 (the second reads w from the L2 cache); above that the plain one decodes w less often. On H100
+// the wgmma kernel, where it was compiled, begins where the other would use its largest tile.
 #include "kernels.h"
 #include "launch_plain.cuh"
 #include "linear_few_rows.cuh"
 #include "linear_tensor.cuh"
+#include "linear_wgmma.cuh"
 
 namespace gptj_q8::cuda {
 namespace {
@@ -16,6 +18,7 @@ namespace {
 constexpr int64_t kFewBesideTensor = 2;
 constexpr int64_t kFewBesideNarrow = 4;
 constexpr int64_t kFewAlone = 8;
+constexpr int64_t kWgmmaFrom = 33;
 
 // Calls f with the kM8 of a tensor-core kernel that is there.
 template <class F>
@@ -58,6 +61,24 @@ Plan plan_linear_tensor(const LinearArgs& a, const Gpu& gpu) {
   return plan;
 }
 
+// Calls f with a kM64 of the wgmma kernel.
+template <class F>
+void with_m64(int tile_m, F&& f) {
+  tile_m == 64 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 2>{});
+}
+
+Plan plan_wgmma(const LinearArgs& a, const Gpu& gpu) {
+  Plan plan{};
+  plan.way = Way::wgmma;
+  plan.tile_m = a.m <= 64 ? 64 : 128;
+  plan.m_tiles = ceil_div(a.m, plan.tile_m);
+  plan.tiles = plan.m_tiles * ceil_div(a.weight.rows, kWgmmaTileN);
+  with_m64(plan.tile_m, [&](auto m64) {
+    plan_tensor(gpu, false, WgmmaTile<f16, m64>::kStageBytes, a.weight.cols / kWgmmaStep, &plan);
+  });
+  return plan;
+}
+
 Plan plan_few_rows(const LinearArgs& a, const Gpu& gpu) {
   Plan plan{};
   plan.way = Way::few_rows;
@@ -80,6 +101,10 @@ Plan plan_linear(const LinearArgs& a, const Gpu& gpu) {
                       : gpu.is_narrow() ? kFewBesideNarrow
                                         : kFewBesideTensor;
   if (fits && a.m <= few) return plan_few_rows(a, gpu);
+  if (fits && has_tensor && a.m >= kWgmmaFrom && a.weight.cols % kWgmmaStep == 0 &&
+      has_wgmma(gpu)) {
+    return plan_wgmma(a, gpu);
+  }
   if (fits && has_tensor) return plan_linear_tensor(a, gpu);
   return plan_plain(gpu, a.m, a.weight.cols, a.weight.rows);
 }
@@ -112,7 +137,25 @@ cudaError_t launch_tensor(const Plan& plan, bool narrow, const T* x, const Weigh
   return error;
 }
 
+template <class T>
+cudaError_t launch_wgmma(const Plan& plan, const T* x, const Weight& w, const Results<T>& out,
+                         cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  with_m64(plan.tile_m, [&](auto m64) {
+    const int shared = kTableBytes + plan.stages * WgmmaTile<T, m64>::kStageBytes;
+    error = launch(linear_wgmma_kernel<T, m64>, grid_of(plan), kTensorThreads, shared, stream, x, w,
+                   out, static_cast<int>(plan.m_tiles), plan.stages);
+  });
+  return error;
+}
+
 }  // namespace
+
+bool has_wgmma(const Gpu& gpu) {
+  if (gpu.capability != 90) return false;
+  static const bool compiled = takes_threads(linear_wgmma_kernel<f16, 1>, kTensorThreads);
+  return compiled;
+}
 
 int64_t linear_partials(const LinearArgs& a, const Gpu& gpu) {
   return partial_floats(plan_linear(a, gpu), a.m, a.weight.rows);
@@ -130,7 +173,9 @@ cudaError_t linear(const LinearArgs& a, const Gpu& gpu, float* partial, cudaStre
     } else if (plan.way == Way::plain) {
       error = launch_plain<T, false>(plan, x, a.weight, out, stream);
     } else if constexpr (sizeof(T) == 2) {
-      error = launch_tensor(plan, gpu.is_narrow(), x, a.weight, out, stream);
+      error = plan.way == Way::wgmma
+                  ? launch_wgmma(plan, x, a.weight, out, stream)
+                  : launch_tensor(plan, gpu.is_narrow(), x, a.weight, out, stream);
     }
     if (error == cudaSuccess && plan.splits > 1) error = sum_partials(out, plan.splits, stream);
   });

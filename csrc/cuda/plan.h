@@ -8,7 +8,7 @@
 
 namespace gptj_q8::cuda {
 
-enum class Way { few_rows, tensor, plain };
+enum class Way { few_rows, tensor, wgmma, plain };
 
 // tile_m: rows of x of a block. tiles: blocks, but for the splits of the sum. stages: of the
 // tensor-core kernels.

@@ -22,31 +22,35 @@ constexpr int kTensorWarps = kTensorThreads / kLanes;
 // Steps of the sum in shared memory at a time: the one multiplied and those on their way.
 constexpr int kMostStages = 4;
 
-// Runs multiply(stage, step) for each step of the stretch, on what fetch(stage, step) has started
-// to copy; a stage is its place in the ring in shared memory. As the one is multiplied, the next
-// stages - 1 are on their way. Fills the table of levels meanwhile.
-template <class Fetch, class Multiply>
+// Runs multiply(slot, step) for each step of the stretch, on what fetch(slot, step) has started to
+// copy; a slot is a place in the ring of `stages` in shared memory. As the one is multiplied, the
+// next are on their way. Fills the table of levels meanwhile. kBehind: multiply leaves a product
+// running that still reads the slot, until the next one; so slots are filled a step later (stages
+// at least 3), and tensor cores read what is copied.
+template <bool kBehind = false, class Fetch, class Multiply>
 __device__ __forceinline__ void pipeline(float* table, const float* codebook, Stretch stretch,
                                          int stages, const Fetch& fetch, const Multiply& multiply) {
+  const int ahead = stages - (kBehind ? 2 : 1);
   const auto start = [&](int slot, int step) {
     if (step < stretch.last) fetch(slot, step);
     copy_async_commit();  // empty past the end, so that counting groups stays right
   };
-  for (int s = 0; s < stages - 1; ++s) start(s, stretch.first + s);
+  for (int s = 0; s < ahead; ++s) start(s, stretch.first + s);
   fill_table<kTensorThreads>(table, codebook);
   int slot = 0;
 #pragma unroll 1
   for (int step = stretch.first; step < stretch.last; ++step) {
-    // Of the stages - 1 groups on their way the oldest is needed now.
-    if (stages == 2) {
+    // Of the groups on their way the oldest is needed now.
+    if (ahead == 1) {
       copy_async_wait<0>();
-    } else if (stages == 3) {
+    } else if (ahead == 2) {
       copy_async_wait<1>();
     } else {
       copy_async_wait<2>();
     }
+    if constexpr (kBehind) fence_async_proxy();
     sync_threads();  // for the others' copies, and until all have read the slot filled next
-    start(slot == 0 ? stages - 1 : slot - 1, step + stages - 1);
+    start(slot + ahead < stages ? slot + ahead : slot + ahead - stages, step + ahead);
     multiply(slot, step);
     slot = slot + 1 == stages ? 0 : slot + 1;
   }

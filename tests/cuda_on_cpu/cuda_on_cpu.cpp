@@ -39,6 +39,12 @@ struct Thread {
   State state = State::done;
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;                 // not yet committed
+  bool copies_shown = true, registers_fenced = false;
+};
+
+// What a warpgroup has started.
+struct Works {
+  std::vector<std::function<void()>> open, committed;
 };
 
 // Threads that meet: a block at a barrier, or a warp.
@@ -57,6 +63,7 @@ const std::function<void()>* body = nullptr;
 unsigned char* shared = nullptr;
 Meeting barrier;
 std::vector<Meeting> groups;
+std::vector<Works> works(kMostThreads / 128);
 std::string message;
 bool failed = false;
 
@@ -88,6 +95,10 @@ void thread_main() {
   if (!thread.open.empty() || !std::all_of(thread.groups.begin(), thread.groups.end(), is_empty)) {
     fail({"", 0}, "a thread ended with a cp.async that it never waited for");
   }
+  const Works& mine = works[current / 128];
+  if (!mine.open.empty() || !mine.committed.empty()) {
+    fail({"", 0}, "a thread ended with a wgmma that it never waited for");
+  }
   thread.state = State::done;
   thread.fiber.leave_forever();
 }
@@ -101,6 +112,8 @@ void prepare(Thread& thread, int number) {
   thread.index.z = number / (blockDim.x * blockDim.y);
   thread.groups.clear();
   thread.open.clear();
+  thread.copies_shown = true;
+  thread.registers_fenced = false;
 }
 
 // 0, 1, 2 and so on in the order chosen.
@@ -114,6 +127,7 @@ void run_block() {
   for (int i = 0; i < thread_count; ++i) prepare(threads[i], i);
   barrier = Meeting{};
   groups.clear();
+  for (Works& each : works) each = {};
   // As numbered, all threads keep step. In other orders a warp runs as far as it can before the
   // next: so one may be ahead of another by all that no barrier forbids.
   const int stretch = order == 0 ? thread_count : 32;
@@ -228,12 +242,48 @@ void commit_copies() {
 void land_copies(int keep_groups) {
   auto& waiting = threads[current].groups;
   while (static_cast<int>(waiting.size()) > keep_groups) {
+    if (!waiting.front().empty()) threads[current].copies_shown = false;
     for (const Copy& copy : waiting.front()) {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
       std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
     }
     waiting.erase(waiting.begin());
   }
+}
+
+void show_copies() {
+  threads[current].copies_shown = true;
+}
+
+void check_copies_shown(Site site) {
+  const auto shown = [](const Thread& thread) { return thread.copies_shown; };
+  if (!std::all_of(threads.begin(), threads.begin() + thread_count, shown)) {
+    fail(site, "wgmma reads shared memory before a fence.proxy.async");
+  }
+}
+
+void set_registers_fenced(bool fenced) {
+  threads[current].registers_fenced = fenced;
+}
+
+void check_registers_fenced(Site site) {
+  if (!threads[current].registers_fenced) fail(site, "wgmma without a wgmma.fence before it");
+}
+
+void start_work(std::function<void()> work) {
+  works[current / 128].open.push_back(std::move(work));
+}
+
+void commit_work() {
+  Works& mine = works[current / 128];
+  mine.committed.insert(mine.committed.end(), mine.open.begin(), mine.open.end());
+  mine.open.clear();
+}
+
+void finish_work() {
+  Works& mine = works[current / 128];
+  for (const auto& work : mine.committed) work();
+  mine.committed.clear();
 }
 
 void check_aligned(const void* p, size_t to, const char* what, Site site) {

@@ -101,6 +101,19 @@ void start_copy(void* to, const void* from, size_t bytes, size_t zeros, Site sit
 void commit_copies();
 void land_copies(int keep_groups);
 
+// Copies that landed are for ordinary loads; wgmma may read them when the thread has shown them.
+void show_copies();
+void check_copies_shown(Site site);  // of all threads
+
+// Whether this thread may pass registers to wgmma.
+void set_registers_fenced(bool fenced);
+void check_registers_fenced(Site site);
+
+// Work of this thread's warpgroup that is done when it waits, if it was committed.
+void start_work(std::function<void()> work);
+void commit_work();
+void finish_work();
+
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 const std::function<void()>& thread);
 

@@ -20,9 +20,18 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
                        [&] { std::apply(kernel, values); });
 }
 
+template <class... P>
+bool takes_threads(void (*)(P...), int) {
+  return true;
+}
+
 template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulated::shared_memory());
+}
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulated::shared_memory());
 }
 
 inline void sync_threads(Q8_HERE) {
@@ -76,6 +85,11 @@ inline void copy_async_16(void* to, const void* from, bool inside, Q8_HERE) {
   emulated::check_aligned(to, 16, "cp.async", site);
   emulated::check_aligned(from, 16, "cp.async", site);
   emulated::start_copy(to, from, inside ? 16 : 0, inside ? 0 : 16, site);
+}
+inline void copy_async_4(void* to, const void* from, Q8_HERE) {
+  emulated::check_aligned(to, 4, "cp.async", site);
+  emulated::check_aligned(from, 4, "cp.async", site);
+  emulated::start_copy(to, from, 4, 0, site);
 }
 inline void copy_async_commit() {
   emulated::commit_copies();
@@ -199,3 +213,5 @@ void load_matrices(uint32_t (&r)[Count], const void* row, Q8_HERE) {
 }
 
 }  // namespace gptj_q8::cuda
+
+#include "wgmma_on_cpu.h"
