@@ -184,9 +184,10 @@ def cuda_archs() -> list[str]:
         [sys.executable, "-c", question], text=True, capture_output=True, check=False
     )
     seen = sorted(asked.stdout.split(), key=int) if asked.returncode == 0 else []
+    seen = ["90a" if arch == "90" else arch for arch in seen]  # with wgmma
     if not seen:
         raise NotBuiltError(
-            'PyTorch sees no NVIDIA GPU here (GPTJ_Q8_CUDA_ARCHS="80 90" builds for others)'
+            'PyTorch sees no NVIDIA GPU here (GPTJ_Q8_CUDA_ARCHS="80 90a" builds for others)'
         )
     return seen
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from math import inf
 
 from benchmarks.cuda_code import kernels
 from benchmarks.gpu_code import Code
@@ -36,6 +37,8 @@ RATES = {
     "A100-80": Rates(64, 64, 128, 1024),
     "H100": Rates(64, 128, 128, 1270),
 }
+WGMMA = 2048
+"""Multiply-adds in 16 bits of an H100's multiprocessor in a clock, where wgmma makes them."""
 INTEGER = r"LOP3|SHF|IADD|VIADD|ISETP|SEL|LEA|PRMT|IMNMX|VIMNMX|PLOP3|FSEL|FSETP|MOV$|R2UR|I2F|F2FP"
 FLOATING = r"FFMA|FADD|FMUL|IMAD|HFMA2|HADD2|HMUL2"
 
@@ -48,6 +51,7 @@ class Kernel:
     name: str
     rows: int
     weights: int
+    wgmma: bool = False
 
 
 def kernel_for(op: str, gpu: str, rows: int) -> Kernel:
@@ -60,6 +64,9 @@ def kernel_for(op: str, gpu: str, rows: int) -> Kernel:
     if rows <= (4 if gpu == "T4" else 2):
         tile = 4 if rows == 3 else rows
         return Kernel(op, f"linear_few_rows_kernel<f16, {tile}>", tile, 64)
+    if gpu == "H100" and rows > 32:
+        tile = 1 if rows <= 64 else 2
+        return Kernel(op, f"linear_wgmma_kernel<f16, {tile}>", 64 * tile, weights, wgmma=True)
     tiles = (1, 4) if gpu == "T4" else (1, 2, 4, 8)
     tile = next((t for t in tiles if rows <= 8 * t), tiles[-1])
     return Kernel(op, f"linear_tensor_kernel<f16, {tile}, {narrow}>", 8 * tile, weights)
@@ -85,7 +92,8 @@ class Budget:
 
 def code_of(kernel: Kernel, gpu: str) -> Code:
     """The kernel's machine code for the GPU's architecture."""
-    return kernels(kernel.op, GPUS[gpu].target.name)[kernel.name]
+    arch = "sm_90a" if kernel.wgmma else GPUS[gpu].target.name
+    return kernels(kernel.op, arch)[kernel.name]
 
 
 def budget(kernel: Kernel, gpu: str, rows: int, block_size: int = 256) -> Budget:
@@ -102,7 +110,7 @@ def budget(kernel: Kernel, gpu: str, rows: int, block_size: int = 256) -> Budget
         rates.integer * weights / code.count(INTEGER, code.loop),
         rates.floating * weights / code.count(FLOATING, code.loop),
         LANES * weights / sum(turns(op, copies=True) for op in code.loop) * rates.shared / 128,
-        rates.tensor / (served * again) if on_tensor_cores else float("inf"),
+        (WGMMA if kernel.wgmma else rates.tensor) / (served * again) if on_tensor_cores else inf,
     )
 
 

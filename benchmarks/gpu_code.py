@@ -201,14 +201,29 @@ def product_code(launch: Launch, target: Target, dtype: torch.dtype) -> Code:
     return _product_code(launch.kernel, target, dtype, constants, options)
 
 
+def compile_product(launch: Launch, target: Target, dtype: torch.dtype) -> Any:
+    """The same as Triton gives it."""
+    return _compile_product(launch.kernel, target, dtype, launch.constants, launch.options)
+
+
 @functools.cache
 def _product_code(kernel: Any, target: Target, dtype: torch.dtype, *settings: Any) -> Code:
-    constants, options = map(dict, settings)
+    compiled = _compile_product(kernel, target, dtype, *map(dict, settings))
+    few_rows = "words" in kernel.arg_names
+    return take_apart(compiled, target, "LDS" if few_rows else TENSOR_CORE + "|FFMA")
+
+
+def _compile_product(
+    kernel: Any,
+    target: Target,
+    dtype: torch.dtype,
+    constants: Mapping[str, int],
+    options: Mapping[str, int],
+) -> Any:
     ours = f"*{TYPES[dtype]}"
     types = dict.fromkeys(("x", "dy", "bias"), ours)
     types |= dict.fromkeys(("y", "dx"), "*fp32" if constants["SPLITS"] > 1 else ours)
     types |= {"codes": "*u8", "words": "*i32", "absmax": "*fp32", "codebook": "*fp32"}
     types |= dict.fromkeys("MNK", "i32")
     mine = {name: types[name] for name in kernel.arg_names if name in types}
-    compiled = compile_kernel(kernel, target, mine, constants, options)
-    return take_apart(compiled, target, "LDS" if "words" in mine else TENSOR_CORE + "|FFMA")
+    return compile_kernel(kernel, target, mine, constants, options)

@@ -17,9 +17,17 @@ PRODUCTS = ("linear", "linear_grad_input")
 if reason := missing_tools():
     pytest.skip(f"compiling for GPUs: {reason}", allow_module_level=True)
 
+TENSOR = "HMMA|HGMMA"
+
 
 def intended(name: str, arch: str) -> str | None:
     """The tensor-core instruction of a kernel, as a whole mnemonic; None: it has none."""
+    if "wgmma" in name:
+        return (
+            r"HGMMA\.64x64x16\.F32" + (r"\.BF16$" if "bf16" in name else "$")
+            if arch == "sm_90a"
+            else None
+        )
     if "tensor" not in name or (arch == "sm_75" and "true" not in name):
         return None  # not launched there: sm_75 lacks the wider one
     if "true" in name:
@@ -37,9 +45,14 @@ def test_products_are_the_code_that_was_meant(op: str, arch: str) -> None:
         assert code.count("RED|ATOM") == 0, f"atomics in {what}"
         assert not any("TF32" in each for each in code.ops), what
         meant = intended(name, arch)
-        assert code.count("HMMA") == (code.count(meant) if meant else 0), what
-        if meant:
-            assert code.count("HMMA", code.loop) >= 8, what
+        assert code.count(TENSOR) == (code.count(meant) if meant else 0), what
+        if name.startswith("linear_wgmma"):
+            # Elsewhere than on sm_90a it does nothing.
+            assert meant or len(code.ops) < 20, what
+            assert not meant or code.count(r"LDGSTS\.E\..*128", code.loop) == 4, what
+            assert not meant or code.count("WARPGROUP.DEPBAR", code.loop) == 2, what
+        elif meant:
+            assert code.count(TENSOR, code.loop) >= 8, what
             copy, wide = (
                 ("LDG", r"LDG\.E.*\.128") if arch == "sm_75" else ("LDGSTS", r"LDGSTS\.E\..*128")
             )
@@ -90,6 +103,14 @@ CEILINGS = {
 }
 
 
+@pytest.mark.parametrize(("rows", "ceiling"), [(1, 7.4), (2, 8.2)])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_instructions_for_each_weight_with_wgmma(dtype: str, rows: int, ceiling: float) -> None:
+    code = kernels("linear", "sm_90a")[f"linear_wgmma_kernel<{dtype}, {rows}>"]
+    assert code.count("HGMMA", code.loop) == 8 * rows
+    assert code.per_weight(64) <= ceiling, histogram(code.loop)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_instructions_for_each_weight(arch: str) -> None:
     for name, ceiling in CEILINGS.items():
@@ -109,4 +130,4 @@ def test_few_rows_leave_the_memory_as_the_limit(gpu: str) -> None:
 def test_names_are_taken_apart() -> None:
     names = kernels("linear", "sm_90")
     assert all(re.fullmatch(r"\w+_kernel<[\w, ]+>", name) for name in names), list(names)
-    assert len(names) == 9 + 10 + 6 + 3
+    assert len(names) == 9 + 10 + 4 + 6 + 3

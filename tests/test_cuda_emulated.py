@@ -123,6 +123,16 @@ def test_no_barrier_of_the_simple_ops_is_idle() -> None:
             assert not right(), f"{site} can be left out"
 
 
+ORDERING = (
+    "sync_threads(",
+    "sync_warp(",
+    "copy_async_wait<",
+    "fence_async_proxy(",
+    "wgmma_fence(",
+    "wgmma_wait(",
+)
+
+
 def test_every_barrier_and_wait_in_the_sources_was_reached() -> None:
     """What the two tests that leave them out have looked at is all there is."""
     reach_every_kernel()
@@ -131,7 +141,7 @@ def test_every_barrier_and_wait_in_the_sources_was_reached() -> None:
         for path in (ROOT / "csrc" / "cuda").iterdir()
         if path.name != "primitives.cuh"
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if any(name in line for name in ("sync_threads(", "sync_warp(", "copy_async_wait<"))
+        if any(name in line for name in ORDERING)
     }
     assert emulator().sites() == written
 
@@ -139,7 +149,8 @@ def test_every_barrier_and_wait_in_the_sources_was_reached() -> None:
 def reach_every_kernel() -> None:
     for dtype in DTYPES:
         with running(GPUS[0]):
-            simple_ops(cuda, 32, dtype)
+            for block_size in (32, 4096):
+                simple_ops(cuda, block_size, dtype)
             w = random_quantized(3, 40, 32).parts
             for ids in (torch.tensor([0]), torch.tensor([0], dtype=torch.int32)):
                 cuda.embedding(ids, *w, 32, dtype)
@@ -189,6 +200,10 @@ MISTAKES = [
     ("thread that leaves early", "threads wait for others that have ended"),
     ("copy never waited for", "a cp.async that it never waited for"),
     ("too much shared memory", "no GPU takes such a launch"),
+    ("factor changed while it is multiplied", "A was changed before the wait"),
+    ("tile changed while it is multiplied", "B changed before the wait"),
+    ("tile read before the fence", "wgmma reads shared memory before a fence.proxy.async"),
+    ("product never waited for", "a wgmma that it never waited for"),
 ]
 
 
@@ -197,8 +212,9 @@ def test_a_mistake_is_noticed(mistake: str, message: str) -> None:
     assert message in emulator().make_mistake(mistake)
 
 
-def test_a_copy_read_before_its_wait_is_not_there() -> None:
-    assert emulator().make_mistake("copy read at once") == "read NaN"
+@pytest.mark.parametrize("mistake", ["copy read at once", "product read at once"])
+def test_what_is_read_before_its_wait_is_not_there(mistake: str) -> None:
+    assert emulator().make_mistake(mistake) == "read NaN"
 
 
 @pytest.mark.parametrize("mistake", ["read past shared memory", "write past global memory"])

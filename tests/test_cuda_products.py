@@ -53,6 +53,11 @@ FAST = [
     (130, 72, 160),
     (20, 1032, 128),
     (9, 2056, 16),
+    # K a multiple of 128 and many rows: H100's wgmma, with tails of M and N.
+    (37, 200, 256),
+    (64, 130, 1024),
+    (65, 96, 640),
+    (130, 264, 384),
 ]
 # Any size: one element; rows that no vector fits; N that no vector of dy fits.
 ODD = [(1, 1, 1), (5, 33, 33), (40, 70, 100), (19, 129, 64), (66, 31, 257)]
@@ -112,19 +117,20 @@ def test_products_with_every_block_size(block_size: int) -> None:
             assert both_are_good(m, w, block_size, torch.bfloat16), m
 
 
-@pytest.mark.parametrize("gpu", [T4, H100], ids=str)
-def test_every_number_of_rows(gpu: Gpu) -> None:
-    w = random_quantized(24, 80, 32, "arbitrary")
+@pytest.mark.parametrize(("gpu", "k"), [(T4, 80), (H100, 80), (H100, 128)], ids=str)
+def test_every_number_of_rows(gpu: Gpu, k: int) -> None:
+    w = random_quantized(24, k, 32, "arbitrary")
     with running(gpu):
         for m in range(1, 131):
             assert both_are_good(m, w, 32, torch.float16), m
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 4, 12])
+@pytest.mark.parametrize("m", [1, 4, 12, 40])
 def test_every_order_of_threads_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
-    w = random_quantized(136, 1040, 64, "arbitrary")
-    x, dy = random(m, 1040, dtype=dtype), random(m, 136, dtype=dtype)
+    k = 1024 if m == 40 else 1040  # with wgmma, or not
+    w = random_quantized(136, k, 64, "arbitrary")
+    x, dy = random(m, k, dtype=dtype), random(m, 136, dtype=dtype)
     results = []
     for order in range(4):
         with running(H100, order):
@@ -170,7 +176,7 @@ def test_the_bias_is_added_before_the_one_rounding(m: int, k: int, bias_dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 3, 12])
+@pytest.mark.parametrize("m", [1, 3, 12, 70])
 @pytest.mark.parametrize("k", [256, 100])
 def test_infinities_and_nans_stay_in_their_row(m: int, k: int, dtype: torch.dtype) -> None:
     w = random_quantized(16, k, 64, "arbitrary")
@@ -192,6 +198,7 @@ BITING = [
     (H100, 20, 160, 1040, torch.bfloat16),  # 3 stages
     (A100, 40, 160, 1040, torch.bfloat16),
     (RTX3090, 40, 160, 1040, torch.bfloat16),  # 2 stages
+    (H100, 70, 160, 1152, torch.bfloat16),  # wgmma
     (T4, 12, 160, 1040, torch.float16),
     (H100, 12, 70, 100, torch.float32),
 ]
@@ -215,6 +222,7 @@ def test_no_barrier_or_wait_is_idle() -> None:
     ours = sorted(site for site in emulator().sites() if site.startswith(FILES))
     assert {site.split(":")[0] for site in ours} == {
         "linear_few_rows.cuh",
+        "linear_wgmma.cuh",
         "tensor.cuh",
         "product_plain.cuh",
     }

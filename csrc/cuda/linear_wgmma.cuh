@@ -53,11 +53,13 @@ class XHalf {
     }
   }
 
-  // Descriptor of 64 rows, the `rows`th, and the sixteen places of product p.
+  // How wgmma is told of 64 rows, the `rows`th, and the sixteen places of product p: in units of 16
+  // bytes, where they begin and how far apart groups of eight rows are; and that a row has 128
+  // bytes.
   static __device__ __forceinline__ uint64_t describe(const unsigned char* tile, int rows, int p) {
-    const uint32_t address = shared_address(tile + rows * 64 * 128 + p * 32);
+    const uint64_t begin = (shared_address(tile) & 0x3ffff) >> 4;
     constexpr uint64_t kEightRows = 8 * 128 / 16, kRowsOf128Bytes = 1;
-    return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | kEightRows << 32 | kRowsOf128Bytes << 62;
+    return begin + (kRowsOf128Bytes << 62 | kEightRows << 32 | (rows * 64 * 128 + p * 32) / 16);
   }
 
  private:
@@ -148,11 +150,11 @@ __global__ void __launch_bounds__(kHasWgmma ? kTensorThreads : kLanes, 1)
         }
         wgmma_wait(sums);  // for the half before, whose registers are decoded into next
         wgmma_fence();
+        const unsigned char* tile = stage + half * Tile::X::kBytes;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
 #pragma unroll
           for (int j = 0; j < kM64; ++j) {
-            const unsigned char* tile = stage + half * Tile::X::kBytes;
             wgmma_64x64x16<T>(sums[j], a[half][p], Tile::X::describe(tile, j, p));
           }
         }

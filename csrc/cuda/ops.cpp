@@ -181,6 +181,13 @@ Tensor linear_grad_input(const Tensor& dy, const Tensor& codes, const Tensor& ab
   return dx;
 }
 
+bool has_wgmma(const Tensor& like) {
+  const Queue queue("has_wgmma", {&like});
+  cuda::Gpu gpu;
+  check_launch("has_wgmma", cuda::current_gpu(&gpu));
+  return cuda::has_wgmma(gpu);
+}
+
 }  // namespace
 }  // namespace gptj_q8
 
@@ -197,8 +204,10 @@ Tensor linear_grad_input(const Tensor& dy, const Tensor& codes, const Tensor& ab
 
 Q8_DECLARE(Q8_LIBRARY, m) {
   gptj_q8::define_ops(m);
+  m.def("has_wgmma(Tensor like) -> bool");
 }
 
 Q8_IMPLEMENT(Q8_LIBRARY, Q8_DEVICE, m) {
   Q8_IMPLEMENT_OPS(m);
+  m.impl("has_wgmma", TORCH_BOX(&gptj_q8::has_wgmma));
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,12 @@ def linear(
 def unavailable() -> str | None:
     """Why the compiled library cannot be used and what to do; None when it can."""
     return _library.unavailable
+
+
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether `linear` has Hopper's tensor cores there: the library is compiled for sm_90a."""
+    if unavailable() is not None:
+        return False
+    found: bool = _library.ops.has_wgmma(torch.empty(0, device=device))
+    return found

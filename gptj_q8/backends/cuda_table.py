@@ -40,6 +40,9 @@ CUDA_ROWS = {
     "linear": {"sm75": 128, "sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
     "linear_grad_input": {"sm75": 128, "sm80": 64, "sm86": 64, "sm90": 64, "sm100": 64},
 }
+# The same for `linear` on an H100 where the library is compiled for sm_90a and so has wgmma. An
+# estimate: at 128 rows benchmarks.cuda_budget leaves 0.6 of the memory's bandwidth.
+WGMMA_ROWS = 128
 # Rows in dtypes for which there are no tensor cores: float32, and bfloat16 on sm75. An estimate:
 # the kernel for a few rows (csrc/cuda/linear.cu) goes over the codes once for every 4.
 CUDA_ROWS_ALONE = 8
@@ -53,6 +56,8 @@ def preference(op: str, args: Sequence[Any] = ()) -> tuple[str, ...]:
     rows, family = x.numel() // x.shape[-1], _family(x.device)
     has_tensor_cores = x.dtype != torch.float32 and (family, x.dtype) != ("sm75", torch.bfloat16)
     most = CUDA_ROWS[op].get(family, 0)
+    if op == "linear" and family == "sm90" and codes.shape[-1] % 128 == 0 and _has_wgmma(x.device):
+        most = WGMMA_ROWS
     if not has_tensor_cores:
         most = CUDA_ROWS_ALONE if op == "linear" else 0
     # The fast CUDA kernels load 16 codes of a row at a time.
@@ -76,3 +81,9 @@ def _family(device: torch.device) -> str:
     if major == 8:
         return "sm80" if minor == 0 else "sm86"
     return {7: "sm75", 9: "sm90", 10: "sm100"}.get(major, "sm86")
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    from gptj_q8.backends import cuda
+
+    return cuda.has_wgmma(device)

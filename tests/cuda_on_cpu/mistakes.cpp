@@ -38,6 +38,27 @@ void copy_read_at_once(const unsigned char* p, float* out) {
   copy_async_wait<0>();
 }
 
+enum class Wrong { read, factor, tile, fence, wait };
+
+// 64 rows of 128 bytes as x, the thread's number as w.
+void wgmma_gone_wrong(const unsigned char* p, float* out, Wrong wrong) {
+  unsigned char* tile = shared_memory<unsigned char>();
+  uint32_t a[4] = {threadIdx.x, 0, 0, 0};
+  float d[1][8][4] = {};
+  for (int i = 0; i < 4; ++i) copy_async_16(tile + 16 * (4 * threadIdx.x + i), p, true);
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (wrong != Wrong::fence) fence_async_proxy();
+  sync_threads();
+  wgmma_fence();
+  wgmma_64x64x16<f16>(d[0], a, uint64_t{1} << 62 | uint64_t{64} << 32);
+  wgmma_commit();
+  if (wrong == Wrong::read) *out = d[0][0][0];
+  if (wrong == Wrong::factor) a[0] = 1;
+  if (wrong == Wrong::tile) tile[0] = 1;
+  if (wrong != Wrong::wait) wgmma_wait(d);
+}
+
 void read_past_shared_memory(float* out) {
   *out = shared_memory<float>()[256 + (threadIdx.x == 63)];
 }
@@ -54,6 +75,9 @@ std::string make_mistake(const std::string& name) {
   const auto* p = reinterpret_cast<const unsigned char*>(zeros.data());
   std::vector<float> out(1);
   const size_t shared_bytes = 64 * 16;
+  const auto launch_wgmma = [&](Wrong wrong) {
+    return launch(wgmma_gone_wrong, 1, 128, 64 * 128, nullptr, p, out.data(), wrong);
+  };
   cudaError_t error = cudaSuccess;
   if (name == "misaligned load") {
     error = launch(misaligned_load, 1, 64, 0, nullptr, p, out.data());
@@ -66,6 +90,17 @@ std::string make_mistake(const std::string& name) {
   } else if (name == "copy read at once") {
     error = launch(copy_read_at_once, 1, 64, shared_bytes, nullptr, p, out.data());
     if (error == cudaSuccess) return std::isnan(out[0]) ? "read NaN" : "read a number";
+  } else if (name == "product read at once") {
+    error = launch_wgmma(Wrong::read);
+    if (error == cudaSuccess) return std::isnan(out[0]) ? "read NaN" : "read a number";
+  } else if (name == "factor changed while it is multiplied") {
+    error = launch_wgmma(Wrong::factor);
+  } else if (name == "tile changed while it is multiplied") {
+    error = launch_wgmma(Wrong::tile);
+  } else if (name == "tile read before the fence") {
+    error = launch_wgmma(Wrong::fence);
+  } else if (name == "product never waited for") {
+    error = launch_wgmma(Wrong::wait);
   } else if (name == "too much shared memory") {
     error = launch(thread_that_leaves_early, 1, 64, 1 << 20, nullptr, out.data());
   } else if (name == "read past shared memory") {
