@@ -14,6 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from benchmarks.parts import ROOT, SKIPPED
 
 TOOLS = ("memcheck", "racecheck")
@@ -29,7 +31,7 @@ def main() -> int:
         print(f"not found: {' and '.join(missing)}")
         return SKIPPED
     with tempfile.TemporaryDirectory() as folder:
-        driver = build(nvcc, "native", Path(folder))
+        driver = build(nvcc, _arch(), Path(folder))
         if subprocess.run([driver], check=False).returncode:
             print("the results are wrong even without a sanitizer")
             return 1
@@ -62,6 +64,14 @@ def build(nvcc: str, arch: str, folder: Path) -> str:
     driver = str(folder / "cuda_driver")
     subprocess.run([nvcc, f"-arch={arch}", *objects, "-o", driver], check=True)
     return driver
+
+
+def _arch() -> str:
+    """Of the GPU at hand, on Hopper with wgmma."""
+    if not torch.cuda.is_available():
+        return "native"
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return "sm_90a" if arch == "sm_90" else arch
 
 
 def _find(tool: str) -> str | None:

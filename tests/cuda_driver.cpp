@@ -186,13 +186,14 @@ void check(DType dtype, double bound, int64_t m, int64_t n, int64_t k, int shift
 }  // namespace
 
 int main() {
-  // For each kernel of a product: one row, a few, tensor cores, and what fits none (odd columns).
+  // For each kernel of a product: one row, a few, tensor cores, wgmma where there is, and what fits
+  // none (odd columns).
   struct Size {
     int64_t m, n, k;
     int shift;
   };
-  for (const Size& s :
-       {Size{1, 64, 512, 8}, Size{4, 33, 256, 5}, Size{20, 96, 256, 8}, Size{3, 37, 50, 7}}) {
+  for (const Size& s : {Size{1, 64, 512, 8}, Size{4, 33, 256, 5}, Size{20, 96, 256, 8},
+                        Size{66, 136, 384, 8}, Size{3, 37, 50, 7}}) {
     check<float>(DType::float32, 1e-5, s.m, s.n, s.k, s.shift);
     check<bf16>(DType::bfloat16, 3e-3, s.m, s.n, s.k, s.shift);
     check<f16>(DType::float16, 4e-4, s.m, s.n, s.k, s.shift);
