@@ -12,6 +12,7 @@ from torch import nn
 from gptj_q8 import checks
 from gptj_q8.config import Q8Config
 from gptj_q8.models.layers import Quantized, stand_in
+from gptj_q8.nn.frozen import FrozenWeight
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
     ValueError for NaN or Inf (naming each tensor, with counts), for weights without data (meta
     device), for a model with adapters, for an embedding with max_norm, for a module whose forward
     was replaced, for an entry of modules_to_not_convert that matches no module, for 8-bit layers of
-    another block_size, and when nothing is left to quantize; TypeError for dtypes other than
-    float32, bfloat16 and float16. All are found before anything changes.
+    another block_size or of the old API, and when nothing is left to quantize; TypeError for dtypes
+    other than float32, bfloat16 and float16. All are found before anything changes.
     """
     config = config or Q8Config()
     if getattr(model, "peft_config", None):
@@ -37,6 +38,11 @@ def quantize_(model: nn.Module, config: Q8Config | None = None) -> nn.Module:
         raise ValueError("quantize_: the model has adapters; quantize it before they are added")
     check_exemptions("quantize_", model, config)
     for name, module in model.named_modules():
+        if isinstance(module, FrozenWeight):  # its adapter has matrices
+            raise ValueError(
+                f"quantize_: {name} is in 8 bits, as a {type(module).__name__}; load the model "
+                "with gptj_q8.from_pretrained to have it in modules of today"
+            )
         if isinstance(module, Quantized) and module.block_size != config.block_size:
             raise ValueError(
                 f"quantize_: {name} has block_size {module.block_size} already, and a model has "

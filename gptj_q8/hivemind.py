@@ -17,7 +17,6 @@ from transformers.models.gptj import modeling_gptj
 
 from gptj_q8 import convert
 from gptj_q8.checkpoint import adapters, naming, old, stored
-from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.checkpoint.source import faults_named, refuse_unsafe
 from gptj_q8.models import LEFTOVERS
 from gptj_q8.nn.frozen import (
@@ -183,9 +182,7 @@ class _InOldLayout(nn.Module):
         if state_dict is None:
             entries = stored.entries(checkpoint_files or ())
         else:
-            entries = {
-                n: Entry(t.dtype, tuple(t.shape), "state_dict") for n, t in state_dict.items()
-            }
+            entries = stored.in_memory(state_dict)
         if not old.quantized_names(entries):
             file = next((entry.file for entry in entries.values()), "the checkpoint")
             raise ValueError(

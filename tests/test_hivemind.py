@@ -468,6 +468,15 @@ def test_other_checkpoints_are_named(float_dir, stored_dir):
             GPTJForCausalLM.from_pretrained(path)
 
 
+def test_what_is_in_8_bits_is_not_quantized_again(old_dir):
+    """Their adapters would have become 8-bit layers."""
+    model = GPTJForCausalLM.from_pretrained(old_dir)
+    add_adapters(model)
+    with pytest.raises(ValueError, match=r"transformer\.wte is in 8 bits, as a FrozenBNBEmbedding"):
+        gptj_q8.quantize_(model)
+    assert not any(isinstance(module, gptj_q8.Q8Linear) for module in model.modules())
+
+
 @pytest.mark.parametrize("value", [float("nan"), -1.0])
 def test_bad_scales(tmp_path, value):
     state = old.state_dict()

@@ -267,6 +267,8 @@ def test_plain_transformers_does_not_take_codes_for_weights(tmp_path, form):
         )
         with pytest.raises(ValueError, match=message):
             load(path)
+    with pytest.raises(ValueError, match=r"state_dict: lm_head\.weight is in 8 bits"):
+        GPTJForCausalLM.from_pretrained(None, config=gptj().config, state_dict=old.state_dict())
     gptj().save_pretrained(tmp_path / "float")
     plain = GPTJForCausalLM.from_pretrained(tmp_path / "float")
     assert torch.equal(logits(plain), logits(gptj()))

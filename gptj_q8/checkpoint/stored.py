@@ -43,6 +43,14 @@ def entries(files: Iterable[str | os.PathLike[str]]) -> dict[str, Entry]:
     return found
 
 
+def in_memory(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
+    """Returns what a state dict holds, as `entries` does for files."""
+    return {
+        name: Entry(tensor.dtype, tuple(tensor.shape), "state_dict")
+        for name, tensor in state_dict.items()
+    }
+
+
 def quantized_names(entries: Mapping[str, Entry]) -> list[str]:
     """Returns the names of the modules whose 8-bit weights the checkpoint holds."""
     return [name.removesuffix(".codes") for name in entries if name.endswith(".codes")]

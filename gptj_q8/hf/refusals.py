@@ -15,8 +15,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from gptj_q8._register import guard
-from gptj_q8.checkpoint import old
-from gptj_q8.checkpoint.shards import Entry, Shard
+from gptj_q8.checkpoint import old, stored
+from gptj_q8.checkpoint.shards import Shard
 from gptj_q8.models.layers import Quantized
 
 
@@ -34,7 +34,7 @@ def check_load(
     """
     if load_config.hf_quantizer is not None:
         return
-    entries: dict[str, Entry] = {}
+    entries = stored.in_memory(state_dict or {})
     with suppress(OSError, ValueError):  # what is amiss with the files is for Transformers to say
         for file in checkpoint_files or ():
             entries.update(Shard(file).entries())
