@@ -162,6 +162,27 @@ def test_a_second_signal_stops_at_once(tune: Any, tmp_path: Path) -> None:
     assert folder.last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
 
 
+def test_a_run_that_broke_off_after_its_last_step_is_only_ended(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settings = Settings(**{**vars(SETTINGS), "max_steps": 5})  # in the midst of an epoch
+    expected = tune(settings=settings, output=tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "put_whole", full)
+        with pytest.raises(OSError, match="No space left"):
+            tune(settings=settings)
+    resumed = tune(settings=settings, resume=True)
+    assert (resumed.steps, resumed.finished) == (5, True)
+    assert resumed.losses == expected.losses
+    assert resumed.held_out == expected.held_out
+    assert resumed.samples == expected.samples
+    adapters = [tmp_path / name / folder.ADAPTER for name in ("out", "straight")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
 def test_a_run_goes_on_only_as_it_began(tune: Any, tmp_path: Path, source: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run to resume: it has no run\.json"):
         tune(resume=True)

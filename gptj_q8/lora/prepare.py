@@ -28,7 +28,8 @@ def prepare_for_finetuning(
     is plenty); all frozen but the active adapter. With
     `train_1d` the norms and biases train too, in float32 (other norms than LayerNorm in their own
     dtype); a PeftModel saves and loads them with its adapter, as modules_to_save and bias="all".
-    Prints what trains, unless not `verbose`.
+    Prints what trains, and of a GPT-J what a step on a full context takes of memory, unless not
+    `verbose`.
 
     A GPT-J also gets what `gptj_q8.save_memory` does: attention through PyTorch's
     `scaled_dot_product_attention`, and a loss in chunks, beside which there are no `logits`.

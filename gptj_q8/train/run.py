@@ -100,11 +100,10 @@ def finetune(
 
     watcher = Watcher(listener, _tokens_per_step(train_rows, settings))
     trainer = make_trainer(model, output, settings, train_rows, held_out_rows, at_once, watcher)
-    last = folder.last_checkpoint(output) if resume else None
     began = time.perf_counter()
     listener.stage("Training")
     with watcher.heeding_signals():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.go_on(folder.last_checkpoint(output) if resume else None)
         finished = not watcher.interrupted
         measured = max((step for step, _ in trainer.curve("eval_loss")), default=-1)
         if finished and held_out_rows and measured < trainer.state.max_steps:

@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from gptj_q8.checkpoint.directory import new_directory
@@ -38,6 +39,19 @@ class Q8Trainer(Trainer):
 
     control: Any
     _staging: str | None = None
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Trains from a checkpoint on (None: from the beginning) to the last step.
+
+        One of the last step is only loaded, for Trainer would take one step more.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def compute_loss(
         self,
