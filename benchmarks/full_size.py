@@ -33,6 +33,7 @@ from benchmarks.arguments import parser, set_threads
 from benchmarks.ceilings import stream_gb_per_s
 from benchmarks.cold import free_memory
 from benchmarks.machine import new_results
+from benchmarks.model_check import check_products
 from benchmarks.report import print_results
 from benchmarks.results import Model, Note
 
@@ -171,7 +172,10 @@ def static_cache(device: torch.device) -> dict[str, Any]:
 def build(
     system: str, layers: int, device: torch.device | str = "cpu", tiny: bool = False
 ) -> tuple[nn.Module, float]:
-    """GPT-J of random bfloat16 weights, one block in floats at a time; seconds spent quantizing."""
+    """GPT-J of random bfloat16 weights, one block in floats at a time; seconds spent quantizing.
+
+    RuntimeError where a quantized layer computes wrongly: then nothing is timed.
+    """
     from transformers import GPTJConfig, GPTJForCausalLM
     from transformers.models.gptj.modeling_gptj import GPTJBlock
 
@@ -197,6 +201,7 @@ def build(
     finally:
         torch.set_default_dtype(before)
     model.config.n_layer = layers
+    check_products(model)
     return model, seconds
 
 

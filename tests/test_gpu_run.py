@@ -16,6 +16,7 @@ from benchmarks import full_size, gpu, lora_step, registry
 from benchmarks.machine import new_results
 from benchmarks.parts import ROOT, Step, run_steps
 from benchmarks.results import Model, Results
+from gptj_q8 import ops
 
 CPU = torch.device("cpu")
 DRY = argparse.Namespace(
@@ -137,6 +138,15 @@ def test_a_whole_model_decodes_dry(system: str, one_thread: None) -> None:
     streamed = figures["streamed_gb_per_token"] * 1e9
     matrices = size * (160 * 64 + 2 * 12 * 64 * 64)
     assert matrices < streamed < 1.25 * matrices  # and biases, norms, tables of positions
+
+
+def test_a_model_that_computes_wrongly_has_no_speed(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    right = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: 1.1 * right(*args))
+    with pytest.raises(RuntimeError, match="computes wrongly: error 0.1, at most 0.00"):
+        full_size.measure("gptj_q8", DRY)
 
 
 @pytest.mark.parametrize("system", lora_step.SYSTEMS)
