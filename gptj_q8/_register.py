@@ -19,8 +19,8 @@ from typing import Any
 _WAITING = {
     "transformers.quantizers.auto": ("gptj_q8.hf", "from_pretrained will not load 8-bit models"),
     "transformers.modeling_utils": (
-        "gptj_q8.hf.refusals",
-        "what Transformers does wrong with 8 bits will not be refused",
+        "gptj_q8.hf.wrapped",
+        "what Transformers does wrong with 8 bits will not be refused, nor cards written",
     ),
     "peft": ("gptj_q8.lora", "PEFT's adapters will not work on 8-bit layers"),
 }
@@ -61,6 +61,25 @@ def guard(owner: type, method: str, check: Callable[..., None]) -> None:
     setattr(checked, "gptj_q8_checks", check)  # noqa: B010
     is_static = isinstance(inspect.getattr_static(owner, method), staticmethod)
     setattr(owner, method, staticmethod(checked) if is_static else checked)
+
+
+def follow(owner: type, method: str, after: Callable[..., None]) -> None:
+    """Calls `after` with the arguments of another library's method when that has returned.
+
+    Done twice it is as done once. AttributeError for a method that is not there.
+    """
+    original = getattr(owner, method)
+    if hasattr(original, "gptj_q8_follows"):
+        return
+
+    @functools.wraps(original)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        after(*args, **kwargs)
+        return result
+
+    setattr(followed, "gptj_q8_follows", after)  # noqa: B010
+    setattr(owner, method, followed)
 
 
 class _Hook(importlib.abc.MetaPathFinder):

@@ -41,6 +41,7 @@ def test_what_is_written(source, tmp_path):
         "tokenizer_config.json",
         "merges.txt",
         "LICENSE",
+        "README.md",
     }
     assert (tmp_path / "merges.txt").read_bytes() == (source / "merges.txt").read_bytes()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -184,7 +185,7 @@ def test_target_behind_a_link(source, tmp_path, there):
     convert_checkpoint(source, link, QUICK, overwrite=True)
     assert link.is_symlink()
     assert [path.name for path in place.parent.iterdir()] == ["place"]
-    assert (place / "README.md").exists() == (there == "model")
+    assert ((place / "README.md").read_text() == "mine") == (there == "model")
     assert torch.equal(logits(load(link)), logits(load(source, quantization_config=QUICK)))
 
 

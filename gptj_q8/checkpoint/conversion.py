@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptj_q8 import checks, convert, ops
-from gptj_q8.checkpoint import adapters, naming, old, stored
+from gptj_q8.checkpoint import adapters, card, naming, old, stored
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.report import ConversionReport, Errors, kind
@@ -34,7 +34,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Writes the model in `source` to `target` in 8 bits, with its tokenizer.
+    """Writes the model in `source` to `target` in 8 bits, with its tokenizer and a model card.
 
     source: a directory or a Hub id (at `revision`), with safetensors or pytorch_model.bin, sharded
         or not.
@@ -94,7 +94,11 @@ def convert_checkpoint(
         copy_companions(directory, partial)
         before = sum(path.stat().st_size for path in files)
         after = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-    return job.report(before, after)
+        report = job.report(before, after)
+        written = job.model_config.quantization_config
+        if not card.is_by_a_person(target):  # else it moves to the new directory
+            card.write(partial, written, source, report.weights, report.layers)
+    return report
 
 
 # Where in the target the adapters go.

@@ -1,8 +1,4 @@
-"""What Transformers would do wrong with 8 bits, refused before anything changes.
-
-Importing this module wraps two methods of `PreTrainedModel`, once; AttributeError for a
-Transformers without them.
-"""
+"""What Transformers would do wrong with 8 bits, refused before anything changes."""
 
 from __future__ import annotations
 
@@ -12,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
-from gptj_q8._register import guard
 from gptj_q8.checkpoint import old, stored
 from gptj_q8.checkpoint.shards import Shard
 from gptj_q8.models.layers import Quantized
@@ -70,7 +64,3 @@ def check_resize(
             f"{size}; resize the float model (model.dequantize()) and quantize_ it, or leave them "
             "in float by Q8Config(modules_to_not_convert=[...])"
         )
-
-
-guard(PreTrainedModel, "_load_pretrained_model", check_load)
-guard(PreTrainedModel, "_get_resized_embeddings", check_resize)
