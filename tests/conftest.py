@@ -113,6 +113,24 @@ def decoded_gptj(eight_bit_gptj: GPTJForCausalLM) -> GPTJForCausalLM:
     return dequantize_(copy.deepcopy(eight_bit_gptj))
 
 
+@pytest.fixture(scope="module")
+def model() -> GPTJForCausalLM:
+    """In 8 bits, with weights that make it prefer some tokens; a file's tests share and keep it."""
+    from tiny import QUICK, gptj
+
+    from gptj_q8.convert import quantize_
+
+    return quantize_(gptj(initializer_range=0.2), QUICK)
+
+
+@pytest.fixture(scope="module")
+def decoded(model: GPTJForCausalLM) -> GPTJForCausalLM:
+    """The float model of its weights, which Transformers alone runs."""
+    from gptj_q8.convert import dequantize_
+
+    return dequantize_(copy.deepcopy(model))
+
+
 @pytest.fixture
 def one_file(float_dir: Path, tmp_path: Path) -> Path:
     """The same in 8 bits in one file, to be damaged."""

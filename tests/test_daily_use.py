@@ -29,16 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return gptj_q8.quantize_(gptj(initializer_range=0.2), QUICK)
-
-
-@pytest.fixture(scope="module")
-def decoded(model):
-    return copy.deepcopy(model).dequantize()
-
-
 def test_left_padding(model):
     """Each sequence of the batch gives what it gives alone."""
     ids, mask = padded_batch()

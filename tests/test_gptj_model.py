@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import float32, save_byte_gptj
-from tiny import LONG, QUICK, VOCABULARY, gptj, padded_batch, relative
+from tiny import LONG, QUICK, VOCABULARY, padded_batch, relative
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -24,16 +24,6 @@ from transformers import (
 import gptj_q8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return gptj_q8.quantize_(gptj(initializer_range=0.2), QUICK)
-
-
-@pytest.fixture(scope="module")
-def decoded(model):
-    return copy.deepcopy(model).dequantize()
 
 
 def test_forward_signature_and_outputs(model):
