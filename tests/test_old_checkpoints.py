@@ -46,6 +46,29 @@ def test_loading_with_adapters(tmp_path, form, kind):
     assert relative(old.old_logits(old.state_dict()), expected) > 0.01  # adapters matter
 
 
+@pytest.mark.parametrize("read", ["load", "hivemind", "convert"])
+def test_pickles_are_read_as_tensors_only_and_stay_mapped(tmp_path, monkeypatch, read):
+    """A file of 6 GB must not be read into memory, nor asked to run anything."""
+    calls: list[dict[str, object]] = []
+    original = torch.load
+
+    def watched(*args, **options):
+        calls.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    path = old.write(tmp_path / "old", old.state_dict(adapters="attention"))
+    {
+        "load": gptj_q8.from_pretrained,
+        "hivemind": GPTJForCausalLM.from_pretrained,
+        "convert": lambda path: convert_checkpoint(path, tmp_path / "new"),
+    }[read](path)
+    assert {options["weights_only"] for options in calls} == {True}
+    with_data = [options for options in calls if options.get("map_location") != "meta"]
+    assert with_data
+    assert all(options.get("mmap") for options in with_data)
+
+
 def test_nothing_is_told_missing_or_left(tmp_path):
     """Masks and adapters are known, and no weight is drawn at random."""
     old.write(tmp_path, old.state_dict(adapters="hivemind"))
