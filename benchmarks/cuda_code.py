@@ -75,6 +75,14 @@ def kernels(op: str, arch: str) -> Mapping[str, Code]:
     return found
 
 
+def most_threads(op: str, arch: str) -> Mapping[str, int]:
+    """By kernel as above, how many threads of a block it may be launched with."""
+    text = run_tool("cuobjdump", "-elf", str(compile_all()[op, arch]))
+    sections = re.split(r"^\.nv\.info\.", text, flags=re.M)[1:]
+    bounds = r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x[0-9a-f]+)"
+    return {plain_name(find(r"(\w+)", s)): int(find(bounds, s), 16) for s in sections}
+
+
 def plain_name(mangled: str) -> str:
     """A mangled name as above."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,7 @@ from cuda_emulation import emulator
 from test_cuda_emulated import reach_every_kernel
 
 from benchmarks.cuda_budget import GPUS, budget, kernel_for
-from benchmarks.cuda_code import ARCHS, OPS, kernels, missing_tools, plain_name
+from benchmarks.cuda_code import ARCHS, OPS, kernels, missing_tools, most_threads, plain_name
 from benchmarks.gpu_code import Code, histogram
 
 PRODUCTS = ("linear", "linear_grad_input")
@@ -125,6 +125,14 @@ def test_few_rows_leave_the_memory_as_the_limit(gpu: str) -> None:
     for m in range(1, 33):
         kernel = kernel_for("linear", gpu, m)
         assert budget(kernel, gpu, m).reach > 0.99, f"{m} rows: {budget(kernel, gpu, m)}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_launch_bounds_tell_where_wgmma_is(arch: str) -> None:
+    """The host asks for them before it plans with it: has_wgmma."""
+    bounds = most_threads("linear", arch)
+    assert {n for name, n in bounds.items() if "wgmma" in name} == {256 if arch == "sm_90a" else 32}
+    assert {n for name, n in bounds.items() if "linear_tensor" in name} == {256}
 
 
 def test_names_are_taken_apart() -> None:

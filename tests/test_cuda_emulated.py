@@ -139,7 +139,7 @@ def test_every_barrier_and_wait_in_the_sources_was_reached() -> None:
     written = {
         f"{path.name}:{number}"
         for path in (ROOT / "csrc" / "cuda").iterdir()
-        if path.name != "primitives.cuh"
+        if path.name not in ("primitives.cuh", "wgmma.cuh")
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if any(name in line for name in ORDERING)
     }

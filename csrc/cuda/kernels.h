@@ -40,7 +40,7 @@ cudaError_t adam_step(const AdamArgs& a, cudaStream_t stream);
 bool has_wgmma(const Gpu& gpu);
 
 // The products may need so many floats for partial sums; they are passed as `partial`, else null.
-// Fewer than 2^31 - 4096 rows and columns of w, fewer than 2^40 results.
+// Fewer than 2^31 - 16384 rows and columns of w, fewer than 2^40 results.
 int64_t linear_partials(const LinearArgs& a, const Gpu& gpu);
 int64_t linear_grad_input_partials(const LinearGradInputArgs& a, const Gpu& gpu);
 cudaError_t linear(const LinearArgs& a, const Gpu& gpu, float* partial, cudaStream_t stream);

@@ -118,7 +118,7 @@ void adam_step(Tensor& param, const Tensor& grad, Tensor& m_codes, Tensor& m_abs
 
 // Limits that the products' kernels count on.
 void check_product(const char* op, const Weight& w, int64_t m, int64_t outer) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - 4096;
+  constexpr int64_t kMost = (int64_t{1} << 31) - 16384;  // a step past the end is an int still
   STD_TORCH_CHECK(w.rows < kMost && w.cols < kMost, op, ": codes must have less than ", kMost,
                   " rows and columns, got ", w.rows, " x ", w.cols);
   STD_TORCH_CHECK(m < (int64_t{1} << 40) / outer, op, ": ", m, " x ", outer,

@@ -13,6 +13,7 @@
 #include "../common/arguments.h"
 #include "levels.cuh"
 #include "results.cuh"
+#include "wgmma.cuh"
 
 namespace gptj_q8::cuda {
 

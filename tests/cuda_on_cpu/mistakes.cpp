@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/primitives.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 
 namespace gptj_q8::cuda {
 namespace {

@@ -213,5 +213,3 @@ void load_matrices(uint32_t (&r)[Count], const void* row, Q8_HERE) {
 }
 
 }  // namespace gptj_q8::cuda
-
-#include "wgmma_on_cpu.h"

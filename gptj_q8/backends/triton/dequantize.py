@@ -40,14 +40,6 @@ def dequantize(
     codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    decode_into(weight, codes, absmax, codebook, block_size)
-    return weight
-
-
-def decode_into(
-    weight: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
-) -> None:
-    """Writes the decoded weight into a contiguous tensor with as many elements."""
     blocks = blocks_per_tile(block_size, ELEMENTWISE.tile)
     grid = (triton.cdiv(codes.numel(), blocks * block_size),)
     with on(codes):
@@ -55,3 +47,4 @@ def decode_into(
             codes, absmax, codebook, weight, codes.numel(), block_size, blocks,
             num_warps=ELEMENTWISE.num_warps,
         )  # fmt: skip
+    return weight
