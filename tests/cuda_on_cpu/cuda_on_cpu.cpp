@@ -10,10 +10,10 @@
 #include <cstring>
 #include <mutex>
 #include <random>
-#include <set>
 #include <string>
 #include <vector>
 
+#include "control.h"
 #include "fibers.h"
 
 uint3 threadIdx, blockIdx;
@@ -67,26 +67,7 @@ std::vector<Works> works(kMostThreads / 128);
 std::string message;
 bool failed = false;
 
-// The GPU that the launches believe in.
-struct EmulatedGpu {
-  int processors = 4, shared_bytes = 227 * 1024, capability = 90;
-};
-EmulatedGpu gpu;
-
-int order = 0;  // 0 as numbered, 1 backwards, else a seed
-bool last_block_only = false;
 std::mt19937 random_numbers;
-std::string omitted_file;
-int omitted_line = 0;
-std::set<std::pair<std::string, int>> sites;
-std::vector<Site> seen;  // the same, quick to look through
-std::set<std::string> kernels;
-std::string answer;
-
-const char* base_name(const char* path) {
-  const char* slash = std::strrchr(path, '/');
-  return slash ? slash + 1 : path;
-}
 
 void thread_main() {
   (*body)();
@@ -119,8 +100,8 @@ void prepare(Thread& thread, int number) {
 // 0, 1, 2 and so on in the order chosen.
 void arrange(std::vector<int64_t>& numbers) {
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int64_t>(i);
-  if (order == 1) std::reverse(numbers.begin(), numbers.end());
-  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random_numbers);
+  if (control.order == 1) std::reverse(numbers.begin(), numbers.end());
+  if (control.order > 1) std::shuffle(numbers.begin(), numbers.end(), random_numbers);
 }
 
 void run_block() {
@@ -130,7 +111,7 @@ void run_block() {
   for (Works& each : works) each = {};
   // As numbered, all threads keep step. In other orders a warp runs as far as it can before the
   // next: so one may be ahead of another by all that no barrier forbids.
-  const int stretch = order == 0 ? thread_count : 32;
+  const int stretch = control.order == 0 ? thread_count : 32;
   std::vector<int64_t> stretches((thread_count + stretch - 1) / stretch), turns(stretch);
   for (bool progress = true; progress && !failed;) {
     progress = false;
@@ -193,15 +174,6 @@ void fail(Site site, const char* format, ...) {
             " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current) + ")";
   failed = true;
   threads[current].fiber.leave_forever();
-}
-
-bool left_out(Site site) {
-  const bool known = std::find(seen.begin(), seen.end(), site) != seen.end();
-  if (!known) {
-    seen.push_back(site);
-    sites.insert({base_name(site.file), site.line});
-  }
-  return site.line == omitted_line && omitted_file == base_name(site.file);
 }
 
 void wait_for_block(Site site) {
@@ -295,13 +267,15 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   const std::lock_guard<std::mutex> lock(launching);
   Dl_info info{};
   // Kernels without a name to the outside are those of mistakes.cpp.
-  if (dladdr(kernel, &info) != 0 && info.dli_saddr == kernel) kernels.insert(info.dli_sname);
+  if (dladdr(kernel, &info) != 0 && info.dli_saddr == kernel)
+    control.kernels.insert(info.dli_sname);
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   thread_count = static_cast<int>(block.x * block.y * block.z);
   message.clear();
   failed = false;
   if (thread_count < 1 || thread_count > kMostThreads || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > static_cast<size_t>(gpu.shared_bytes)) {
+      grid.y > 65535 || grid.z > 65535 ||
+      shared_bytes > static_cast<size_t>(control.gpu.shared_bytes)) {
     message = "no GPU takes such a launch: " + std::to_string(thread_count) + " threads, grid " +
               std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
               std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes shared";
@@ -310,9 +284,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   body = &thread;
   blockDim = block;
   gridDim = grid;
-  random_numbers.seed(order);
+  random_numbers.seed(control.order);
   std::vector<int64_t> turns;
-  if (last_block_only) {
+  if (control.last_block_only) {
     turns = {static_cast<int64_t>(blocks) - 1};
   } else {
     turns.resize(blocks);
@@ -338,67 +312,4 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 
 const char* cudaGetErrorString(cudaError_t) {
   return cuda_on_cpu::message.c_str();
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int* answer, cudaDeviceAttr what, int) {
-  const cuda_on_cpu::EmulatedGpu& gpu = cuda_on_cpu::gpu;
-  switch (what) {
-    case cudaDevAttrMultiProcessorCount:
-      *answer = gpu.processors;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *answer = gpu.shared_bytes;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *answer = gpu.capability / 10;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *answer = gpu.capability % 10;
-      break;
-  }
-  return cudaSuccess;
-}
-
-// For the tests, by ctypes.
-extern "C" {
-
-__attribute__((visibility("default"))) void cuda_on_cpu_set_gpu(int processors, int shared_bytes,
-                                                                int capability) {
-  cuda_on_cpu::gpu = {processors, shared_bytes, capability};
-}
-
-__attribute__((visibility("default"))) void cuda_on_cpu_set_order(int value) {
-  cuda_on_cpu::order = value;
-}
-
-__attribute__((visibility("default"))) void cuda_on_cpu_set_last_block_only(int value) {
-  cuda_on_cpu::last_block_only = value != 0;
-}
-
-// line 0: nothing is left out.
-__attribute__((visibility("default"))) void cuda_on_cpu_leave_out(const char* file, int line) {
-  cuda_on_cpu::omitted_file = file;
-  cuda_on_cpu::omitted_line = line;
-}
-
-// "file:line" of every barrier and wait reached so far.
-__attribute__((visibility("default"))) const char* cuda_on_cpu_sites() {
-  cuda_on_cpu::answer.clear();
-  for (const auto& [file, line] : cuda_on_cpu::sites) {
-    cuda_on_cpu::answer += file + ":" + std::to_string(line) + "\n";
-  }
-  return cuda_on_cpu::answer.c_str();
-}
-
-// Mangled names of the kernels run so far.
-__attribute__((visibility("default"))) const char* cuda_on_cpu_kernels() {
-  cuda_on_cpu::answer.clear();
-  for (const std::string& name : cuda_on_cpu::kernels) cuda_on_cpu::answer += name + "\n";
-  return cuda_on_cpu::answer.c_str();
-}
 }
