@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command_line import read_json, run, save_byte_gptj
 
 from gptj_q8.cli.finetune import say_losses
@@ -168,11 +169,27 @@ def test_bad_input_is_one_sentence_and_exit_1(model: Path, data: Path, tmp_path:
         assert not out.exists()
 
 
+@pytest.mark.parametrize(("asked", "threads"), [(None, 1), ("2", 2)])
+def test_a_small_model_takes_one_thread_unless_told(
+    asked: str | None, threads: int, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    torch.set_num_threads(2)
+    assert run("finetune", model, "--data", data, "-o", "x", "--target", "nowhere").exit_code == 1
+    assert torch.get_num_threads() == threads
+
+
 def test_an_adapter_is_told_from_a_model(model: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / "run.json").write_text("{}")
     cases: list[tuple[tuple[object, ...], str]] = [
         ((tmp_path, "x"), "holds an adapter: name its model, and it with --adapter"),
         ((model, "x", "--adapter", model), "holds no adapter: it has no adapter_config.json"),
+        ((model, "x", "--adapter", stopped), "holds a run that has not ended: go on with it"),
         ((model, "x", "--adapter", tmp_path / "no"), "is no folder with an adapter_config.json"),
     ]
     for arguments, expected in cases:

@@ -70,8 +70,8 @@ def demo_command(
             from gptj_q8.generate import decode_speeds, encode, generate
             from gptj_q8.train import folder
 
-            # Matrices this small gain little from threads, and on a busy machine they lose a
-            # hundredfold to threads that wait for each other.
+            # Matrices this small gain less than half from a second thread, and on a busy machine
+            # they lose a hundredfold to threads that wait for each other.
             torch.set_num_threads(1)
             on = load.device(device)
             # Not by the name `demo`, which a folder here may bear too.

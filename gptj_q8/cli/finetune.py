@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from gptj_q8.train.report import Report
 
 _USUAL = Settings()
-# Parameters. Smaller models gain little from threads, and on a busy machine they lose a hundredfold
-# to threads that wait for each other. An estimate, from the demo's model of 5.8 million.
+# Parameters. Two threads make the demo's 6 million 1.45 times as fast (8 x 128 tokens in 148 ms and
+# not 215; AMD EPYC, Zen 5, 2026-11-24); but where other programs use the cores, threads that wait
+# for each other can make it a hundred times as slow. OMP_NUM_THREADS overrules this.
 SMALL = 20_000_000
 _LINES = 20  # of progress, where no bar can be shown
 
@@ -163,7 +165,8 @@ def finetune_command(
             tokens = load.tokenizer(*filter(None, (tokenizer, model)))
             chosen = str(best_dtype(on)).removeprefix("torch.") if dtype == "auto" else dtype
             network = load.trainable_model(model, chosen, on)
-            if on.type == "cpu" and network.num_parameters() < SMALL:
+            small = on.type == "cpu" and network.num_parameters() < SMALL
+            if small and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(1)
         with screen.progress("Encoding") as update:
             report = finetune(

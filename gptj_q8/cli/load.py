@@ -84,7 +84,14 @@ def model(name: str, dtype: str, on: torch.device, adapter: Path | None = None) 
 
 def check_adapter(folder: Path) -> None:
     """CliError unless there is an adapter in PEFT's format in `folder`."""
+    from gptj_q8.train.folder import RECORD
+
     if not (folder / ADAPTER_CONFIG).exists():
+        if (folder / RECORD).exists():
+            raise CliError(
+                f"{folder} holds a run that has not ended: go on with it (gptj-q8 finetune ... "
+                "--resume)"
+            )
         what = "holds no adapter: it has no" if folder.is_dir() else "is no folder with an"
         raise CliError(f"{folder} {what} {ADAPTER_CONFIG}")
 
