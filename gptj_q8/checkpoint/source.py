@@ -91,9 +91,8 @@ def empty_model(directory: Path) -> tuple[Any, Any]:
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method")
         raise ValueError(f"{directory}: is quantized already ({method})")
-    said = getattr(config, "architectures", None) or []
-    names = [name for name in ([said] if isinstance(said, str) else said) if isinstance(name, str)]
-    kind = getattr(transformers, names[0], None) if names else None
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, str(name), None)  # a file may say anything
     with torch.device("meta"):
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return config, kind(config)
