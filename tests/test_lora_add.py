@@ -52,11 +52,14 @@ def test_add_lora_passes_its_options_on(eight_bit_gptj: GPTJForCausalLM) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "r": ({"r": 0}, "r must be positive, got 0"),
+    "r": ({"r": 0}, "r must be a positive whole number, got 0"),
+    "half": ({"r": 2.5}, "r must be a positive whole number, got 2.5"),
     "alpha": ({"alpha": -1}, "alpha must be positive, got -1"),
     "dropout": ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
     "typo": ({"targets": ["q_proj", "kproj"]}, "no module named 'kproj'"),
     "none": ({"targets": []}, "targets is empty"),
+    "norm": ({"targets": ["q_proj", "ln_1"]}, "'ln_1' is a LayerNorm and has no matrix"),
+    "parent": ({"targets": ["q_proj", "mlp"]}, "'mlp' is a GPTJMLP and has no matrix"),
 }
 
 
@@ -68,6 +71,7 @@ def test_add_lora_refuses_bad_options(
     with pytest.raises(ValueError, match=message):
         gptj_q8.add_lora(model, **options)
     assert not hasattr(model, "peft_config")
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
 
 
 def test_add_lora_refuses_a_name_twice(eight_bit_gptj: GPTJForCausalLM) -> None:

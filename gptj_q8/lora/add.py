@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gptj_q8.models import RULES
 
+# Modules that PEFT's LoRA can extend.
+_WITH_MATRIX = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, Conv1D)
 ALL = "all"
 """As a target: every matrix of every block, but neither embedding nor output head."""
 
@@ -36,11 +40,13 @@ def add_lora(
 
     Returns the PeftModel to train; save it with its `save_pretrained`, load it with
     `PeftModel.from_pretrained`. ValueError, before anything changes, for r, alpha or dropout out of
-    range, for a target that matches no module, and for an adapter_name that is taken.
+    range, for a target that matches no module or one without a matrix, and for an adapter_name that
+    is taken.
     """
-    for name, value, right in (("r", r, r > 0), ("alpha", alpha, alpha > 0)):
-        if not right:
-            raise ValueError(f"add_lora: {name} must be positive, got {value}")
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"add_lora: r must be a positive whole number, got {r}")
+    if not alpha > 0:
+        raise ValueError(f"add_lora: alpha must be positive, got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"add_lora: dropout must be at least 0 and below 1, got {dropout}")
     taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
@@ -79,8 +85,18 @@ def _target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]
             )
         matrices = [name.rpartition(".")[2] for name in rule.matrices]
         wanted = [*matrices, *(name for name in wanted if name != ALL)]
-    names = [f".{name.replace('.base_layer', '')}" for name, _ in model.named_modules()]
+    layers = [
+        (f".{name}", module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        for name, module in model.named_modules()
+    ]
     for target in wanted:
-        if not any(name.endswith(f".{target}") for name in names):
+        named = [module for name, module in layers if name.endswith(f".{target}")]
+        if not named:
             raise ValueError(f"add_lora: targets: the model has no module named {target!r}")
+        for module in named:
+            if not isinstance(module, _WITH_MATRIX):  # PEFT finds out with some layers replaced
+                raise ValueError(
+                    f"add_lora: targets: {target!r} is a {type(module).__name__} and has no matrix "
+                    "to adapt; name linear layers or embeddings"
+                )
     return wanted
