@@ -27,6 +27,14 @@ def test_architectures_are_chosen_or_seen(monkeypatch: pytest.MonkeyPatch) -> No
             settings.cuda_archs()
 
 
+def test_hopper_is_built_with_what_only_hopper_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = build_settings()
+    monkeypatch.delenv("GPTJ_Q8_CUDA_ARCHS", raising=False)
+    seen = subprocess.CompletedProcess([], 0, "90 80 120\n")
+    monkeypatch.setattr(settings.subprocess, "run", lambda *args, **options: seen)
+    assert settings.cuda_archs() == ["80", "90a", "120"]
+
+
 def test_without_nvcc_the_build_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = build_settings()
     monkeypatch.setenv("PATH", "")

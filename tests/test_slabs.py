@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import BLOCK_SIZES, DTYPES, random_quantized
 from test_ops import check_product, random
+from torch import Tensor
 
 from gptj_q8 import backends, ops
 from gptj_q8.backends import cuda_table, slabs
@@ -94,3 +96,23 @@ def test_the_table(
     assert cuda_table.preference("linear", (x, ragged))[0] != "cuda", "its fast kernels need 16"
     assert cuda_table.preference("quantize", (x, ragged)) == ("cuda", "triton")
     cuda_table._family.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_grad_input"])
+def test_one_slab_is_there_at_a_time(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one piece of memory serves them all."""
+    decode = slabs._decode
+    slabs_so_far: list[weakref.ref[Tensor]] = []
+
+    def watched(*args: Any) -> Tensor:
+        assert all(slab() is None for slab in slabs_so_far)
+        slabs_so_far.append(weakref.ref(decoded := decode(*args)))
+        return decoded
+
+    monkeypatch.setattr(slabs, "_decode", watched)
+    w = random_quantized(500, 128, 64)
+    if op == "linear":
+        slabs.linear(torch.ones(3, 128), *w.parts, None, 64)
+    else:
+        slabs.linear_grad_input(torch.ones(3, 500), *w.parts, 64)
+    assert len(slabs_so_far) == 4

@@ -1,10 +1,10 @@
 // y[m, n] = sum over k of x[m, k] * codebook[codes[n, k]] * absmax[(n * K + k) / block] + bias[n]
 // for a few rows of x: the decoding of one token, where reading w is all the work.
 //
-// x [M, K], codes [N, K], y [M, N], all dense; T float32, bfloat16 or float16. A block owns the
-// rows of w from N * b / blocks on, for kM rows of x. The host has
-// checked that K is a multiple of 16 and that x and codes are aligned to 16 bytes; so 16 codes that
-// a lane loads at once lie in one row and share one scale.
+// x [M, K], codes [N, K], y [M, N], all dense; T float32, bfloat16 or float16. Block b of those
+// that share kM rows of x owns the rows of w from N * b / blocks on. The host has checked that K is
+// a multiple of 16 and that x and codes are aligned to 16 bytes; so 16 codes that a lane loads at
+// once lie in one row and share one scale.
 //
 // No tensor cores: each weight is one lookup and kM multiply-adds, all in float32. A warp keeps its
 // slice of x (512 columns, 16 for each lane) in registers and runs down rows of w, four at a time,

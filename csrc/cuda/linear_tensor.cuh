@@ -9,8 +9,7 @@
 // Each weight is decoded once for up to 64 rows of x, by the lane that multiplies it: 16 codes of
 // a row that follow each other (one load, one scale), which are its part of four products of the
 // tensor core. Codes take their turn in shared memory only to be on their way early (each lane
-// reads what it copied itself); decoded weights never go there. The scale multiplies in float32,
-// before the one rounding to T.
+// reads what it copied itself); decoded weights never go there.
 #pragma once
 
 #include "tensor.cuh"
@@ -103,8 +102,7 @@ __global__ void __launch_bounds__(kTensorThreads, kM8 <= 4 ? 2 : 1)
           for (int r = 0; r < 4; ++r) {
             const int run = 2 * i + r % 2, byte = r / 2 * 2;
             const uint32_t word = word_of(codes[run], 2 * half + s);
-            a[s][i][r] = pack<T>(level_of(table, lane_bytes, word, byte) * scale[run],
-                                 level_of(table, lane_bytes, word, byte + 1) * scale[run]);
+            a[s][i][r] = decoded_pair<T>(table, lane_bytes, word, byte, scale[run]);
           }
         }
       }

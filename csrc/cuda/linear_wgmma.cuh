@@ -144,8 +144,7 @@ __global__ void __launch_bounds__(kHasWgmma ? kTensorThreads : kLanes, 1)
           for (int r = 0; r < 4; ++r) {
             const int run = 2 * half + r % 2, byte = r / 2 * 2;
             const uint32_t word = word_of(codes[run], p);
-            a[half][p][r] = pack<T>(level_of(table, lane_bytes, word, byte) * scale[run],
-                                    level_of(table, lane_bytes, word, byte + 1) * scale[run]);
+            a[half][p][r] = decoded_pair<T>(table, lane_bytes, word, byte, scale[run]);
           }
         }
         wgmma_wait(sums);  // for the half before, whose registers are decoded into next

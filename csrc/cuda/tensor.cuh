@@ -112,6 +112,15 @@ class RowTile {
   int row_, column_, rows_left_;
 };
 
+// Two neighbouring codes of a word of four, decoded, as they go into A: the scale multiplies in
+// float32, before the one rounding to T.
+template <class T>
+__device__ __forceinline__ uint32_t decoded_pair(const float* table, uint32_t lane_bytes,
+                                                 uint32_t word, int byte, float scale) {
+  return pack<T>(level_of(table, lane_bytes, word, byte) * scale,
+                 level_of(table, lane_bytes, word, byte + 1) * scale);
+}
+
 // d += A @ B, with b_low and b_high the lane's two pairs of B. kNarrow: as two products half as
 // deep, all that sm_75 has.
 template <class T, bool kNarrow>

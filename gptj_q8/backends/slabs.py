@@ -53,6 +53,7 @@ def linear(
             torch.addmm(slab_bias, rows, w.T, out=y[:, n])
         else:
             y[:, n] = torch.mm(rows, w.T, out_dtype=torch.float32) + slab_bias
+        del w  # the next slab takes its memory
     return y.view(*x.shape[:-1], N)
 
 
@@ -73,6 +74,7 @@ def linear_grad_input(
         else:
             product = _product(rows[:, n], w)
         total = product if total is None else total.add_(product)
+        del w
     assert total is not None, "there is at least one row of w"
     return total.to(dy.dtype).view(*dy.shape[:-1], K)
 
