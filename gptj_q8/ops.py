@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gptj_q8 import backends, checks
+from gptj_q8.backends.forked import on_one_thread_if_forked
 
 _QUANTIZED = "Tensor codes, Tensor absmax, Tensor codebook"
 SCHEMAS = {
@@ -184,6 +185,7 @@ def _kernel(op: str) -> Callable[..., Any]:
     check, empty = getattr(checks, op), globals()[f"_empty_{op}"]
     differentiable = op in ("linear", "linear_grad_input")
 
+    @on_one_thread_if_forked
     def kernel(*args: Any) -> Any:
         check(*args)
         checks.values(op, args)
@@ -234,6 +236,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(codes, absmax, codebook)
 
 
+@on_one_thread_if_forked
 def _backward_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:

@@ -1,6 +1,6 @@
 // Binds the CPU kernels as gptj_q8_cpu::*. gptj_q8/backends/cpu.py calls them with arguments that
 // gptj_q8/ops.py has checked; here only what memory safety needs is checked again. PyTorch's own
-// operators are called for allocation only: others may use threads that a forked child lacks.
+// operators are called for allocation only.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

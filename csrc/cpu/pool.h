@@ -5,8 +5,7 @@
 
 namespace gptj_q8 {
 
-// Respects torch.set_num_threads. In a forked child everything runs on the calling thread:
-// the pool's threads did not survive the fork, and waiting for them would hang.
+// Respects torch.set_num_threads, which gptj_q8/backends/forked.py makes 1 in a forked child.
 extern const Pool kTorchPool;
 
 }  // namespace gptj_q8
