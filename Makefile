@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm test-packaging lint format bench gpu gpu-test gpu-bench clean
+.PHONY: venv demo test test-arm test-packaging docs lint format bench gpu gpu-test gpu-bench clean
 
 venv: $(BUILT)
 
@@ -33,6 +33,15 @@ test-arm: venv
 # The sdist and the wheel from clean: without a compiler, without Triton, editable, typed.
 test-packaging: venv
 	$(BIN)/python -m pytest tests/test_packaging.py --slow -rs
+
+# The API from its docstrings, as pages in out/docs.
+API := gptj_q8 gptj_q8.backends gptj_q8.checkpoint gptj_q8.codebooks gptj_q8.hivemind gptj_q8.lora \
+	gptj_q8.memory gptj_q8.models gptj_q8.nn gptj_q8.train.run gptj_q8.train.settings gptj_q8.train.texts
+docs: venv
+	@$(BIN)/python -c "import pathlib, sys, gptj_q8, pdoc; \
+	[getattr(gptj_q8, name) for name in gptj_q8.__all__]; \
+	pdoc.pdoc(*sys.argv[1:], output_directory=pathlib.Path('out/docs'))" $(API)
+	@echo "Written: out/docs/index.html"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -55,7 +55,8 @@ __all__ = [*_HOMES, *_MODULES, "ops"]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return found
     if name in _MODULES:
         return importlib.import_module(f"gptj_q8.{name}")
     raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")

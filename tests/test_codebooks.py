@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gptj_q8 import codebooks
+from gptj_q8 import codebooks, ops
 from gptj_q8.codebooks import CODEBOOKS, check_codebook, fit
 
 Array = NDArray[np.float64]
@@ -121,7 +121,15 @@ def test_linear_is_int8() -> None:
     assert torch.equal(codebooks.linear(), int8.float() / 127)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "dynamic_unsigned", "linear"])
+@pytest.mark.parametrize("name", codebooks.FOR_WEIGHTS)
+def test_every_codebook_is_of_use_to_a_normal_weight(name: str) -> None:
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    table = CODEBOOKS[name](weight, 64)
+    decoded = ops.dequantize(*ops.quantize(weight, table, 64), table, 64, torch.float32)
+    assert (decoded - weight).norm() / weight.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", sorted(set(CODEBOOKS) - {"fitted"}))
 def test_fixed_tables_are_valid_and_nobody_elses(name: str) -> None:
     weight = torch.empty(0)
     table = CODEBOOKS[name](weight, 64)

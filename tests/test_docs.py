@@ -1,0 +1,139 @@
+"""The documentation is there and true: docstrings, CONTRIBUTING's paths, commands and examples."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, random_quantized, relative_error
+
+import gptj_q8
+from gptj_q8 import backends, codebooks, ops
+from gptj_q8.models import layers
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md"]
+
+
+def api() -> list[str]:
+    """The modules that `make docs` shows."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^API := (.*)$", makefile, re.MULTILINE)
+    return line.split()
+
+
+def public(module: ModuleType) -> dict[str, Any]:
+    """What a module offers: what it lists, or else defines."""
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+@pytest.mark.parametrize("name", api())
+def test_what_is_public_is_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert public(module)
+    for own_name, value in public(module).items():
+        if inspect.ismodule(value) or not callable(value):
+            continue
+        assert value.__doc__, f"{name}.{own_name} has no docstring"
+        # Of classes, methods that override one of PyTorch or Transformers do as that one says.
+        for method, function in vars(value).items() if inspect.isclass(value) else ():
+            inherited = any(hasattr(base, method) for base in value.__mro__[1:])
+            if inspect.isfunction(function) and not method.startswith("_") and not inherited:
+                assert function.__doc__, f"{name}.{own_name}.{method} has no docstring"
+
+
+def test_the_pages_of_the_api_are_made(tmp_path: Path) -> None:
+    pdoc = pytest.importorskip("pdoc", reason="pdoc is not installed")
+    for name in gptj_q8.__all__:
+        getattr(gptj_q8, name)
+    pdoc.pdoc(*api(), output_directory=tmp_path)
+    page = (tmp_path / "gptj_q8.html").read_text()
+    for name in set(gptj_q8.__all__) - {"demo", "doctor", "evaluate", "ops", "optim"}:
+        assert f'id="{name}"' in page, name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_that_are_named_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    paths = re.findall(r"`((?:csrc|gptj_q8|tests|benchmarks)/[\w./-]*\w)`?", text)
+    modules = re.findall(r"python3? -m (benchmarks[\w.]*)", text)
+    assert paths
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    missing += [m for m in modules if importlib.util.find_spec(m) is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_that_are_named_exist(page: str) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def code_of(heading: str) -> str:
+    """The first Python block of a part of CONTRIBUTING.md."""
+    part = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0]
+
+
+def test_the_codebook_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = dict(vars(codebooks))
+    exec(code_of("Add a codebook"), names)
+    table = names["squares"]
+    monkeypatch.setitem(codebooks.CODEBOOKS, "squares", codebooks._fixed(table))
+    monkeypatch.setattr(codebooks, "FOR_WEIGHTS", ("squares",))
+    codebooks.check_codebook(table(), "squares")
+    linear = torch.nn.Linear(64, 32)
+    model = gptj_q8.quantize_(torch.nn.Sequential(linear), gptj_q8.Q8Config(64, "squares"))
+    assert torch.equal(model[0].codebook, table())
+    x = torch.randn(5, 64)
+    assert (model(x) - linear(x)).norm() / linear(x).norm() < 0.02
+
+
+def test_the_backend_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("gptj_q8.backends.whole")
+    exec(code_of("Add a backend"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "whole"))
+    w = random_quantized(33, 130, 64)
+    for dtype in DTYPES:
+        x = torch.randn(7, 130).to(dtype)
+        with backends.use("whole"):
+            y = ops.linear(x, *w.parts, torch.ones(33, dtype=dtype), 64)
+            with pytest.raises(NotImplementedError, match="the backend whole lacks it"):
+                ops.dequantize(*w.parts, 64, dtype)
+        assert y.dtype == dtype
+        bound = max(1e-5, torch.finfo(dtype).eps)
+        assert relative_error(y, x.double() @ w.truth.T + 1) < bound
+    backends.load.cache_clear()
+    backends.unavailable.cache_clear()
+
+
+def test_the_family_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of linear layers that nobody knows stays in float until it is named."""
+
+    class TheirLinear(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), TheirLinear(64, 64))
+    gptj_q8.quantize_(model)
+    assert isinstance(model[1], TheirLinear)
+    name = f"{TheirLinear.__module__}.{TheirLinear.__qualname__}"
+    monkeypatch.setitem(layers._BY_NAME, name, gptj_q8.Q8Linear)
+    gptj_q8.quantize_(model)
+    assert isinstance(model[1], gptj_q8.Q8Linear)
