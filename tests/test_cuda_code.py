@@ -78,8 +78,8 @@ def test_other_kernels_neither_spill_nor_divide_inexactly(op: str, arch: str) ->
         # The check of an exact division, one for each of a run of 16 elements.
         divides = name.startswith(("quantize", "histogram", "adam"))
         assert code.count("FCHK") >= 16 if divides else code.count("FCHK") == 0, what
-        if op == "adam_step":  # two encodings, sqrt(v) / root, m / (... + eps)
-            assert code.count("FCHK") >= 64, what
+        if op == "adam_step":  # two encodings, m / (sqrt(v) + eps)
+            assert code.count("FCHK") >= 48, what
         elif not divides:
             assert code.count("FFMA") == 0, f"a product and a sum rounded once in {what}"
 

@@ -35,15 +35,15 @@ def adam_step_kernel(
     one_minus_beta2,
     decay,
     rate,
-    root,
     eps,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
-    param = param * decay - rate * m / (sqrt(v) / root + eps), where g^2 is finite.
+    param = param * decay - rate * m / (sqrt(v) + eps), where g^2 is finite.
 
-    decay = 1 - lr * weight_decay, rate = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
+    decay = 1 - lr * weight_decay; rate = lr / (1 - beta1^step) and eps hold a factor
+    sqrt(1 - beta2^step), by which AdamW divides sqrt(v).
     param, grad, m_codes, v_codes: [numel]; *_absmax: float32 [ceil(numel / BLOCK_SIZE)];
     *_codebook: float32 [256]. A program owns BLOCKS whole blocks.
     The host has checked lengths and dtypes.
@@ -65,7 +65,7 @@ def adam_step_kernel(
     finite = g * g < float("inf")  # false for NaN
     m = tl.where(finite, m * beta1 + g * one_minus_beta1, m)
     v = tl.where(finite, v * beta2 + g * g * one_minus_beta2, v)
-    update = tl.math.div_rn(rate * m, tl.math.div_rn(tl.math.sqrt_rn(v), root) + eps)
+    update = rate * tl.math.div_rn(m, tl.math.sqrt_rn(v) + eps)
     new = tl.where(finite, old * decay - update, old)
     tl.store(param + i, new.to(param.dtype.element_ty), mask=inside)
 
@@ -103,12 +103,13 @@ def adam_step_(
 ) -> None:
     blocks = blocks_per_tile(block_size, ADAM.tile)
     grid = (triton.cdiv(param.numel(), blocks * block_size),)
-    rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    root = (1 - beta2**step) ** 0.5
+    rate = lr * root / (1 - beta1**step)
     with on(param):
         adam_step_kernel[grid](
             param, grad, m_codes, m_absmax, v_codes, v_absmax, m_codebook, v_codebook,
             param.numel(),
             float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2,
-            1.0 - lr * weight_decay, float(rate), float(root), float(eps),
+            1.0 - lr * weight_decay, float(rate), float(eps * root),
             block_size, blocks, num_warps=ADAM.num_warps, **EXACT,
         )  # fmt: skip
