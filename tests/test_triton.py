@@ -37,6 +37,27 @@ def test_the_matrix_in_the_interpreter(device: torch.device) -> None:
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [
+        ([(6, 0)], "does not compile for compute capability 6.0, only for 7.5 and newer"),
+        ([(6, 1), (7, 0)], "does not compile for compute capability 7.0"),
+        ([(6, 1), (7, 5)], None),
+        ([(9, 0)], None),
+    ],
+)
+def test_gpus_too_old_for_triton_are_refused(
+    capabilities: list[tuple[int, int]], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a call would end in an error of its compiler."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = backends.load("triton").unavailable()
+    assert found == reason or (reason is not None and reason in found)
+
+
 def test_without_a_gpu_the_backend_says_what_to_do() -> None:
     reason = backends.unavailable("triton")
     if torch.cuda.is_available() or backends.load("triton").interpreted():

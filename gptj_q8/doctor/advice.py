@@ -13,7 +13,7 @@ from gptj_q8.doctor.machine import Machine
 from gptj_q8.doctor.packages import Package
 from gptj_q8.doctor.selftest import Check
 
-OLDEST_CAPABILITY = 7.5
+OLDEST_CAPABILITY = 7.5  # as in the Triton backend, and the oldest that nvcc 13 knows
 """The compute capability from which on kernels of ours exist: T4's."""
 
 

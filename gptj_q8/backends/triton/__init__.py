@@ -36,6 +36,10 @@ else:
     ]
 
 
+OLDEST = (7, 5)
+"""The compute capability from which on these kernels are compiled by the tests: T4's."""
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Python, on CPU tensors: TRITON_INTERPRET=1 at import."""
     return _not_importable is None and triton.knobs.runtime.interpret
@@ -50,4 +54,12 @@ def unavailable() -> str | None:
             "PyTorch sees no GPU here; TRITON_INTERPRET=1 in the environment runs the kernels"
             " on the CPU, slowly"
         )
+    if not torch.version.hip:
+        gpus = range(torch.cuda.device_count())
+        newest = max(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+        if newest < OLDEST:
+            return (
+                f"Triton does not compile for compute capability {newest[0]}.{newest[1]}, only for"
+                f" {OLDEST[0]}.{OLDEST[1]} and newer; plain PyTorch serves there"
+            )
     return None
