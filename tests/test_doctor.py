@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from command_line import run
 
 from gptj_q8 import backends, doctor, ops
-from gptj_q8.doctor import Backend, Check, advice, packages
+from gptj_q8.doctor import Backend, Check, advice, machine, packages
 from gptj_q8.doctor.machine import Gpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,6 +157,18 @@ def test_a_library_that_does_not_load_is_a_problem(without_kernels: pytest.Monke
     (item,) = report["advice"]
     assert item["level"] == "problem"
     assert "bad magic" in item["found"]
+
+
+def test_memory_is_what_the_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "CONTAINER_LIMITS", (limit, tmp_path / "absent"))
+    whole = machine.host_memory()
+    assert whole is not None
+    for written, expected in (("max\n", whole), (f"{whole // 3}\n", whole // 3), ("9" * 19, whole)):
+        limit.write_text(written)
+        assert machine.host_memory() == expected
 
 
 def test_packages_are_compared_with_what_is_asked_for(installed: dict[str, str]) -> None:

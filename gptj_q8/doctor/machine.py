@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,6 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+# Where Linux keeps the limit of a container, of its newer and of its older control groups.
+CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,17 @@ def usable_cores() -> int:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that the machine has; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
+    """Bytes of memory that the machine has, or that its container may use where that is less.
+
+    None where the system does not tell.
+    """
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            found.append(int(path.read_text()))
+    return min(found, default=None)
 
 
 def _built_for() -> str:
