@@ -109,6 +109,21 @@ def test_products(gpu: Gpu, dtype: torch.dtype) -> None:
             assert both_are_good(m, w, block_size, dtype), f"{m, n, k}, blocks of {block_size}"
 
 
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_wgmma_is_on_hopper_only(gpu: Gpu) -> None:
+    cuda.has_wgmma.cache_clear()
+    with running(gpu):
+        assert cuda.has_wgmma(torch.device("cpu")) == (gpu is H100)
+        before = wgmma_kernels()
+        assert both_are_good(40, random_quantized(24, 128, 32), 32, torch.float16)
+        assert bool(wgmma_kernels()) if gpu is H100 else wgmma_kernels() == before
+    cuda.has_wgmma.cache_clear()
+
+
+def wgmma_kernels() -> set[str]:
+    return {name for name in emulator().kernels() if "wgmma" in name}
+
+
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_products_with_every_block_size(block_size: int) -> None:
     for m in (1, 4, 12):

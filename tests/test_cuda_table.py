@@ -110,6 +110,24 @@ def test_from_some_rows_on_it_is_slabs(op: str, gpu: str, monkeypatch: pytest.Mo
         assert order[-1]
 
 
+def test_an_h100_takes_more_rows_where_wgmma_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY["H100"])
+    codes = torch.empty(4096, 4096, dtype=torch.uint8, device="meta")
+    for compiled, expected in ((False, "triton"), (True, "cuda")):
+        monkeypatch.setattr(cuda_table, "_has_wgmma", lambda device, it=compiled: it)
+        first = [
+            cuda_table.preference(
+                "linear", (torch.empty(rows, 4096, dtype=dtype, device="meta"), w)
+            )[0]
+            for rows, dtype, w in (
+                (128, torch.bfloat16, codes),
+                (129, torch.bfloat16, codes),
+                (128, torch.float32, codes),
+            )
+        ]
+        assert first == [expected, "triton", "triton"]
+
+
 def test_float32_never_goes_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting may turn its products into TF32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
