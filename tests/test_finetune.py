@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,16 @@ def test_biases_and_norms_train_and_come_back(
     with torch.no_grad():
         plain = load(source)(input_ids=row, labels=row).loss
         assert tuned(input_ids=row, labels=row).loss < 0.5 * plain
+
+
+def test_without_matplotlib_all_is_done_but_the_plot(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = tune(settings=Settings(**{**vars(SETTINGS), "max_steps": 1}))
+    assert (report.finished, report.plot) == (True, "")
+    assert (tmp_path / "out" / folder.ADAPTER).exists()
+    assert not (tmp_path / "out" / folder.PLOT).exists()
 
 
 def test_smoothing_is_a_mean_of_neighbours() -> None:
