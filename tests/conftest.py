@@ -48,6 +48,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(
+    params=[] if backends.unavailable("cpu") else backends.load("cpu").instruction_sets()
+)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the compiled CPU backend by turns, forced."""
+    with backends.load("cpu").force_isa(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
     """Makes torch.empty return NaN (or the largest integer), which exposes unwritten outputs."""

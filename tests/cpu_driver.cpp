@@ -1,6 +1,7 @@
 // Runs every CPU kernel on heap buffers of exactly the right size, without Python or PyTorch, and
 // compares with plain loops in double. Built with AddressSanitizer and UndefinedBehaviorSanitizer
 // by test_cpu.py, so that one byte read or written outside a buffer ends it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -54,6 +55,23 @@ bool close(const std::vector<T>& actual, const std::vector<double>& truth, doubl
     size += truth[i] * truth[i];
   }
   return std::sqrt(error) <= bound * std::sqrt(size);
+}
+
+// Whether these are the nearest levels, as near as their widest gap tells, and the right scales.
+bool encodes(const std::vector<double>& truth, const std::vector<uint8_t>& codes,
+             const std::vector<float>& absmax, int shift, const std::vector<float>& codebook) {
+  const double gap = 1.0 / 128;
+  std::vector<double> largest(absmax.size());
+  for (size_t i = 0; i < truth.size(); ++i) {
+    largest[i >> shift] = std::max(largest[i >> shift], std::abs(truth[i]));
+  }
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double scale = largest[i >> shift];
+    if (std::abs(absmax[i >> shift] - scale) > 1e-6 * scale) return false;
+    const double within = std::clamp(truth[i], codebook[0] * scale, codebook[255] * scale);
+    if (std::abs(codebook[codes[i]] * scale - within) > 0.501 * gap * scale) return false;
+  }
+  return true;
 }
 
 template <class T>
@@ -111,15 +129,35 @@ void check(DType dtype, double bound, int64_t m, int64_t n, int64_t k, int shift
   std::vector<int64_t> counts(64);
   kernels().histogram({weight.data(), dtype, numel, shift, 64, scratch.data(), counts.data()},
                       kThreads);
-  expect(scratch == absmax, "histogram", m, n, k, shift);
+  std::vector<int64_t> counts_truth(64);
+  const float largest = *std::max_element(absmax.begin(), absmax.end());
+  for (int64_t i = 0; i < numel; ++i) {
+    const float scale = absmax[i >> shift], relative = scale / largest;
+    const float r = scale == 0 ? 0 : to_float(weight[i]) / scale;
+    const int bin = std::min(63, static_cast<int>((r + 1) * 32));
+    counts_truth[bin] += std::llrint(double{relative * relative} * (1 << 30));
+  }
+  expect(counts == counts_truth, "histogram", m, n, k, shift);
 
   std::vector<T> param = weight;
-  std::vector<uint8_t> v_codes(numel, 200);
-  std::vector<float> v_absmax(blocks, 1.0f);
-  kernels().adam_step({param.data(), dtype, values.data(), dtype, numel, shift, codes.data(),
-                       absmax.data(), v_codes.data(), v_absmax.data(), codebook.data(),
-                       codebook.data(), 1e-3, 0.9, 0.999, 1e-8, 0.01, 3},
+  std::vector<uint8_t> m_codes = codes, v_codes(numel, 200);
+  std::vector<float> m_absmax = absmax, v_absmax(blocks, 1.0f);
+  const double lr = 0.5, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.01;
+  kernels().adam_step({param.data(), dtype, values.data(), dtype, numel, shift, m_codes.data(),
+                       m_absmax.data(), v_codes.data(), v_absmax.data(), codebook.data(),
+                       codebook.data(), lr, beta1, beta2, eps, decay, 3},
                       kThreads);
+  std::vector<double> param_truth(numel), m_truth(numel), v_truth(numel);
+  for (int64_t i = 0; i < numel; ++i) {
+    const double g = to_float(values[i]), before = to_float(weight[i]);
+    m_truth[i] = beta1 * decoded[i] + (1 - beta1) * g;
+    v_truth[i] = beta2 * codebook[200] + (1 - beta2) * g * g;
+    const double root = std::sqrt(v_truth[i] / (1 - std::pow(beta2, 3))) + eps;
+    param_truth[i] = before * (1 - lr * decay) - lr / (1 - std::pow(beta1, 3)) * m_truth[i] / root;
+  }
+  expect(close(param, param_truth, bound), "adam_step", m, n, k, shift);
+  expect(encodes(m_truth, m_codes, m_absmax, shift, codebook), "adam_step: m", m, n, k, shift);
+  expect(encodes(v_truth, v_codes, v_absmax, shift, codebook), "adam_step: v", m, n, k, shift);
 }
 
 }  // namespace

@@ -1,50 +1,32 @@
-"""What is particular to the compiled CPU backend: instruction sets, threads, memory, the build."""
+"""What is particular to the compiled CPU backend: instruction sets, threads, memory, bindings."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import mmap
-import re
-import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from cases import DTYPES, TABLES, random_quantized, relative_error
-from setuptools import Distribution
+from cases import DTYPES, TABLES, random_quantized
 from torch import Tensor
 
 from gptj_q8 import backends
 from gptj_q8.backends import cpu
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "gptj_q8" / "_cpu.abi3.so"
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
 )
 
 
-def instruction_sets() -> list[str]:
-    return cpu.instruction_sets() if backends.unavailable("cpu") is None else []
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.force_isa(request.param):
-        yield request.param
-
-
 def every_op(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """The results of all ops on one fixed random case."""
+    """The results of all ops on one fixed random case, larger than one thread's share of work."""
     generator = torch.Generator().manual_seed(0)
     table = TABLES["arbitrary"]()
     weight = torch.randn(n, k, generator=generator).to(dtype)
@@ -61,7 +43,7 @@ def every_op(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> lis
         absmax,
         cpu.histogram(weight, block_size, 1024),
         cpu.dequantize(codes, absmax, table, block_size, dtype),
-        cpu.embedding(torch.tensor([n - 1, 0]), codes, absmax, table, block_size, dtype),
+        cpu.embedding(torch.arange(n), codes, absmax, table, block_size, dtype),
         cpu.linear(x, codes, absmax, table, None, block_size),
         cpu.linear_grad_input(dy, codes, absmax, table, block_size),
         param,
@@ -82,26 +64,7 @@ def test_an_instruction_set_can_be_forced() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [32, 256, 4096])
-def test_codes_and_counts_agree_bit_for_bit(block_size: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(37, 531, generator=generator)
-    weight[3] *= 1e-30  # subnormal in float16, zero in part
-    weight[4] = 0
-    weight[5] *= 1e-41  # subnormal scales
-    weight = weight.to(dtype)
-    for codebook in TABLES.values():
-        results = []
-        for name in cpu.instruction_sets():
-            with cpu.force_isa(name):
-                codes, absmax = cpu.quantize(weight, codebook(), block_size)
-                results.append((codes, absmax, cpu.histogram(weight, block_size, 65536)))
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 200), (4, 129, 512), (11, 200, 333)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1300, 200), (4, 1300, 192), (11, 800, 333)])
 def test_thread_count_changes_no_bit(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     threads = torch.get_num_threads()
     try:
@@ -113,18 +76,6 @@ def test_thread_count_changes_no_bit(m: int, n: int, k: int, dtype: torch.dtype,
             assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def test_products_agree_on_both_sides_of_every_threshold(isa: str) -> None:
-    # One row at a time, the first rows of any larger call must be the same within rounding
-    # (2^-18 where float32 x is two bfloat16 parts).
-    w = random_quantized(96, 512, 256, "gaussian")
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        x = torch.randn(20, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
-        truth = x.double() @ w.truth.T
-        for m in range(1, 21):
-            y = cpu.linear(x[:m], *w.parts, None, 256)
-            assert relative_error(y, truth[:m]) < bound
 
 
 class GuardedPages:
@@ -172,34 +123,6 @@ def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype
             guarded, guarded.clone(), *state, parts[2], parts[2], 1e-3, 0.9, 0.9, 1e-8, 0, 1,
             block_size,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("flush", [False, True])
-def test_subnormal_scales_and_flushing(flush: bool, isa: str) -> None:
-    table = TABLES["gaussian"]()
-    weight = torch.tensor([1e-40, -1e-41, 5e-45, 0.0] * 8 + [1.0, -0.5, 0.25, 0.0] * 8)
-    if not torch.set_flush_denormal(flush):
-        pytest.skip("this CPU cannot flush subnormals")
-    try:
-        codes, absmax = cpu.quantize(weight, table, 32)
-        decoded = cpu.dequantize(codes, absmax, table, 32, torch.float32)
-        x = torch.ones(1, 64)
-        y = cpu.linear(x, codes.view(1, 64), absmax, table, None, 32)
-    finally:
-        torch.set_flush_denormal(False)
-    assert ((decoded - weight).abs() <= 0.02 * (absmax.repeat_interleave(32) + 1e-38)).all()
-    assert torch.isfinite(y).all()
-    if not flush:
-        assert absmax[0] == np.float32(1e-40)
-
-
-def test_weights_that_are_not_finite_do_not_crash(isa: str) -> None:
-    # The op refuses them; the kernels must still stay inside their tables.
-    table = TABLES["dynamic"]()
-    weight = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 20)
-    codes, absmax = cpu.quantize(weight, table, 32)
-    cpu.histogram(weight, 32, 64)
-    cpu.dequantize(codes, absmax, table, 32, torch.bfloat16)
 
 
 def test_bindings_refuse_what_would_be_unsafe() -> None:
@@ -296,118 +219,3 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_computes_and_does_not_hang() -> None:
     done = subprocess.run([sys.executable, "-c", FORKED_CHILD], cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0
-
-
-# What only the functions of an instruction set may contain, beside what those before it may.
-GATED = {
-    "avx2": r"%ymm|\tv[a-z]",
-    "avx512bw": r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b",
-    "avx512": r"\t(vperm[it]?2?b|vpmultishiftqb|vdpbf16ps|vcvtne\w*bf16\w*)\b",
-}
-# Nobody has these: gathers are slow, and AMX and half-precision arithmetic are not chosen at all.
-NEVER = r"\tvp?gather|\tt(dp|ile)|\tv\w+(ph|sh)\b(?<!\tvcvtps2ph)(?<!\tvcvtph2ps)"
-
-
-def test_only_gated_files_hold_gated_instructions() -> None:
-    if shutil.which("objdump") is None:
-        pytest.skip("objdump (binutils) is not installed")
-    listing = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", str(LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    if "x86-64" not in listing:
-        pytest.skip("the gated instructions are those of x86-64")
-    function, isa = "", "portable"
-    found: dict[str, set[str]] = {name: set() for name in GATED}
-    for line in listing.splitlines():
-        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            function = heading[1]
-            named = re.search(r"\b(avx\w+)::", function)
-            isa = named[1] if named else "portable"
-            continue
-        instruction = line.partition("#")[0].partition("<")[0]
-        allowed = {name: i for i, name in enumerate(["portable", *GATED])}[isa]
-        for rank, (name, pattern) in enumerate(GATED.items(), 1):
-            if re.search(pattern, instruction):
-                assert rank <= allowed, f"{function} holds an instruction of {name}: {line}"
-                found[name].add(isa)
-        if re.search(r"\tv", instruction):
-            assert not re.search(NEVER, instruction), f"{function}: {line}"
-    for name in set(cpu.instruction_sets()) & set(GATED):
-        assert name in found[name], f"{name} uses none of its own instructions"
-
-
-def build_settings():
-    spec = importlib.util.spec_from_file_location("gptj_q8_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_source_edited_during_a_build_is_built_again(tmp_path: Path) -> None:
-    settings = build_settings()
-    source, builds = tmp_path / "kernel.cpp", []
-
-    class Edited(settings.Extension):
-        def build(self, folder: Path, target: Path) -> None:
-            builds.append(target)
-            if len(builds) == 1:
-                source.write_text("edited")
-            target.write_text("library")
-
-    source.write_text("first")
-    command = settings.BuildLibraries(Distribution())
-    command.initialize_options()
-    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
-    command.finalize_options()
-    for expected in (1, 2, 2):
-        command.build_extension(Edited("edited", [str(source)], depends=[]))
-        assert len(builds) == expected
-        time.sleep(0.02)
-
-
-def test_the_compiler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = build_settings()
-    monkeypatch.setenv("CXX", "ccache g++ -m64")
-    assert settings.cxx() == ["ccache", "g++", "-m64"]
-    monkeypatch.delenv("CXX")
-    # Python may have been built elsewhere, with a compiler that this machine lacks.
-    for name, expected in (
-        (f"{sys.executable} -pthread", [sys.executable, "-pthread"]),
-        ("no-such-compiler -pthread", ["c++"]),
-        (None, ["c++"]),
-    ):
-        monkeypatch.setattr(settings.sysconfig, "get_config_var", lambda _, name=name: name)
-        assert settings.cxx() == expected
-
-
-@pytest.mark.slow
-def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    settings = build_settings()
-    if shutil.which(settings.cxx()[0]) is None:
-        pytest.skip(f"no compiler {settings.cxx()[0]}")
-    flags = [*settings.FLAGS.split(), "-O1", "-g", "-fsanitize=address,undefined"]
-    flags += ["-fno-sanitize-recover=all", "-Werror"]
-    have = [f"-DQ8_HAVE_{name.upper()}" for name in cpu.instruction_sets() if name != "portable"]
-    left_out = {"ops", "pool"} | (set(settings.INSTRUCTION_SETS) - set(cpu.instruction_sets()))
-    kernels = [
-        p
-        for p in (ROOT / "csrc" / "cpu").glob("*.cpp")
-        if p.stem.rpartition("_")[2] not in left_out
-    ]
-
-    def compile_one(source: Path) -> str:
-        isa = source.stem.rpartition("_")[2]
-        gate = settings.INSTRUCTION_SETS[isa][1] if isa in settings.INSTRUCTION_SETS else ""
-        target = str(tmp_path / f"{source.stem}.o")
-        command = [*settings.cxx(), *flags, *gate.split(), *have, "-c", str(source), "-o", target]
-        subprocess.run(command, check=True)
-        return target
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, [*kernels, ROOT / "tests" / "cpu_driver.cpp"]))
-    driver = str(tmp_path / "driver")
-    subprocess.run([*settings.cxx(), *flags, *objects, "-pthread", "-o", driver], check=True)
-    subprocess.run([driver], check=True)

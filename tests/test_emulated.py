@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_cpu import build_settings
+from test_cpu_build import build_settings
 
 pytestmark = pytest.mark.slow
 

@@ -140,10 +140,9 @@ void multiply(const Pool& pool, const typename P::A* a, int64_t rows, int64_t de
 }
 
 // multiply() for `a` of type T: converts or pads `a` where its own memory will not do.
-template <class T, class MakeFill>
+template <class P, class T, class MakeFill>
 void multiply_any(const Pool& pool, const T* a, int64_t rows, int64_t depth, int64_t cols,
                   const MakeFill& make_fill, const float* bias, T* out) {
-  using P = PanelOf<T>;
   using A = typename P::A;
   const int64_t padded = ceil_div(depth, P::kWidth) * P::kWidth;
   const bool direct = std::is_same_v<T, A> && padded == depth;

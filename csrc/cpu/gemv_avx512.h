@@ -3,6 +3,7 @@
 // W is decoded in registers and never written. One piece of work owns whole rows of W and walks
 // along one row at a time; sums of a block are scaled by absmax once. x is rearranged once for
 // each call, into the order in which decode64 emits levels, padded with zeros to whole registers.
+// The caller has made sure that scale_can_wait.
 // With vdpbf16ps, float32 and float16 x are two bfloat16 parts (high + low, to 2^-18), and the
 // levels of a codebook that bfloat16 does not hold are two parts likewise (`Wide`), multiplied by
 // the high part of x only. float32 x with such levels, and all without vdpbf16ps, go through

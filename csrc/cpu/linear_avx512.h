@@ -2,8 +2,9 @@
 //
 // x, y [M, K], [M, N] in one of float32, bfloat16, float16; codes [N, K]; blocks run on across
 // rows. The host has checked that all arrays have these sizes.
-// Few rows of x: gemv_avx512.h, decoding in registers. More: the panels of gemm_avx512.h; the
-// panel of 64 rows of W is filled here, transposed so that rows of W lie along the registers.
+// Few rows of x: gemv_avx512.h, decoding in registers, if scale_can_wait. Else: the panels of
+// gemm_avx512.h; the panel of 64 rows of W is filled here, transposed so that rows of W lie along
+// the registers.
 // Why this shape of filling: bytes are four times cheaper to transpose than what they decode to.
 // 16 rows by 16 codes are four registers, which two rounds of unpacking turn into eight pairs
 // of columns, already in the order in which decode64 emits pairs.
@@ -177,20 +178,17 @@ constexpr int kFewRows = kHasBf16 && std::is_same_v<T, bf16> ? (Wide ? 6 : 15)
 template <bool Wide, class T>
 void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   const Weight& w = a.weight;
+  const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>(w); };
   if (a.m > kFewRows<T, Wide>) {
-    const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>(w); };
-    return multiply_any(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
+    return multiply_any<PanelOf<T>>(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
+  }
+  if (!scale_can_wait(max_abs(x, a.m * w.cols))) {
+    return multiply_any<FloatPanel>(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
   }
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, bf16> && !Wide) {
-    return linear_few<Bf16Product<1, false>, 4>(pool, x, a.m, w, a.bias, y);
-  } else if constexpr (!(std::is_same_v<T, float> && Wide)) {  // that would miss 1e-5
-    // In parts an Inf would become Inf - Inf, and the low parts of tiny numbers would be lost.
+  if constexpr (!(std::is_same_v<T, float> && Wide)) {  // that would miss 1e-5
     constexpr int kParts = std::is_same_v<T, bf16> ? 1 : 2;
-    const float largest = max_abs(x, a.m * w.cols);
-    if (largest > 0x1p-80f && largest < 0x1p100f) {
-      return linear_few<Bf16Product<kParts, Wide>, kParts == 1 ? 4 : 3>(pool, x, a.m, w, a.bias, y);
-    }
+    return linear_few<Bf16Product<kParts, Wide>, kParts == 1 ? 4 : 3>(pool, x, a.m, w, a.bias, y);
   }
 #endif
   linear_few<FloatProduct<Wide>, 4>(pool, x, a.m, w, a.bias, y);

@@ -172,7 +172,7 @@ void grad_input(const LinearGradInputArgs& a, const Pool& pool, const T* dy, T* 
         a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, a.weight, dy, dx); });
   }
   const auto make_fill = [&](auto panel) { return Fill<decltype(panel), Wide>{a.weight}; };
-  multiply_any(pool, dy, a.m, a.weight.rows, a.weight.cols, make_fill, nullptr, dx);
+  multiply_any<PanelOf<T>>(pool, dy, a.m, a.weight.rows, a.weight.cols, make_fill, nullptr, dx);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // rows. The host has checked that all arrays have these sizes. One piece of work owns whole rows
 // of W. A strip of rows of W, kDepth columns of each, is decoded to float32 in a cache, and all
 // rows of x go past it, 4 rows of x and 3 of W at a time, sums along the registers. Few rows of x
-// meet the levels in registers instead, and the scale of a block meets its sum.
+// meet the levels in registers instead, and the scale of a block meets its sum, if it can wait.
 // Why this shape: x and W both lie along K as the products want them, so nothing is transposed;
 // 12 sums take 7 loads. For few rows a store and a load of each level would cost a third more.
 #pragma once
@@ -115,7 +115,7 @@ void linear_few(const Pool& pool, const float* x, int64_t stride, const Weight& 
 template <class T>
 void linear_pass(const Pool& pool, const float* x, int64_t stride, int64_t rows, const Weight& w,
                  const float* bias, T* y) {
-  if (rows <= kFewRows) {
+  if (rows <= kFewRows && scale_can_wait(max_abs(x, rows * stride))) {
     return with_count<kFewRows>(
         rows, [&](auto m) { linear_few<decltype(m)::value>(pool, x, stride, w, bias, y); });
   }

@@ -1,0 +1,140 @@
+"""How the compiled CPU library is built: its instructions, its sources, sanitizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution
+
+from gptj_q8 import backends
+from gptj_q8.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "gptj_q8" / "_cpu.abi3.so"
+
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
+)
+
+
+# What only the functions of an instruction set may contain, beside what those before it may.
+GATED = {
+    "avx2": r"%ymm|\tv[a-z]",
+    "avx512bw": r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b",
+    "avx512": r"\t(vperm[it]?2?b|vpmultishiftqb|vdpbf16ps|vcvtne\w*bf16\w*)\b",
+}
+# Nobody has these: gathers are slow, and AMX and half-precision arithmetic are not chosen at all.
+NEVER = r"\tvp?gather|\tt(dp|ile)|\tv\w+(ph|sh)\b(?<!\tvcvtps2ph)(?<!\tvcvtph2ps)"
+
+
+def test_only_gated_files_hold_gated_instructions() -> None:
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump (binutils) is not installed")
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    if "x86-64" not in listing:
+        pytest.skip("the gated instructions are those of x86-64")
+    function, isa = "", "portable"
+    found: dict[str, set[str]] = {name: set() for name in GATED}
+    for line in listing.splitlines():
+        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            function = heading[1]
+            named = re.search(r"\b(avx\w+)::", function)
+            isa = named[1] if named else "portable"
+            continue
+        instruction = line.partition("#")[0].partition("<")[0]
+        allowed = {name: i for i, name in enumerate(["portable", *GATED])}[isa]
+        for rank, (name, pattern) in enumerate(GATED.items(), 1):
+            if re.search(pattern, instruction):
+                assert rank <= allowed, f"{function} holds an instruction of {name}: {line}"
+                found[name].add(isa)
+        if re.search(r"\tv", instruction):
+            assert not re.search(NEVER, instruction), f"{function}: {line}"
+    for name in set(cpu.instruction_sets()) & set(GATED):
+        assert name in found[name], f"{name} uses none of its own instructions"
+
+
+def build_settings():
+    spec = importlib.util.spec_from_file_location("gptj_q8_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_source_edited_during_a_build_is_built_again(tmp_path: Path) -> None:
+    settings = build_settings()
+    source, builds = tmp_path / "kernel.cpp", []
+
+    class Edited(settings.Extension):
+        def build(self, folder: Path, target: Path) -> None:
+            builds.append(target)
+            if len(builds) == 1:
+                source.write_text("edited")
+            target.write_text("library")
+
+    source.write_text("first")
+    command = settings.BuildLibraries(Distribution())
+    command.initialize_options()
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.finalize_options()
+    for expected in (1, 2, 2):
+        command.build_extension(Edited("edited", [str(source)], depends=[]))
+        assert len(builds) == expected
+        time.sleep(0.02)
+
+
+def test_the_compiler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = build_settings()
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    assert settings.cxx() == ["ccache", "g++", "-m64"]
+    monkeypatch.delenv("CXX")
+    # Python may have been built elsewhere, with a compiler that this machine lacks.
+    for name, expected in (
+        (f"{sys.executable} -pthread", [sys.executable, "-pthread"]),
+        ("no-such-compiler -pthread", ["c++"]),
+        (None, ["c++"]),
+    ):
+        monkeypatch.setattr(settings.sysconfig, "get_config_var", lambda _, name=name: name)
+        assert settings.cxx() == expected
+
+
+@pytest.mark.slow
+def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    settings = build_settings()
+    if shutil.which(settings.cxx()[0]) is None:
+        pytest.skip(f"no compiler {settings.cxx()[0]}")
+    flags = [*settings.FLAGS.split(), "-O1", "-g", "-fsanitize=address,undefined"]
+    flags += ["-fno-sanitize-recover=all", "-Werror"]
+    have = [f"-DQ8_HAVE_{name.upper()}" for name in cpu.instruction_sets() if name != "portable"]
+    left_out = {"ops", "pool"} | (set(settings.INSTRUCTION_SETS) - set(cpu.instruction_sets()))
+    kernels = [
+        p
+        for p in (ROOT / "csrc" / "cpu").glob("*.cpp")
+        if p.stem.rpartition("_")[2] not in left_out
+    ]
+
+    def compile_one(source: Path) -> str:
+        isa = source.stem.rpartition("_")[2]
+        gate = settings.INSTRUCTION_SETS[isa][1] if isa in settings.INSTRUCTION_SETS else ""
+        target = str(tmp_path / f"{source.stem}.o")
+        command = [*settings.cxx(), *flags, *gate.split(), *have, "-c", str(source), "-o", target]
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, [*kernels, ROOT / "tests" / "cpu_driver.cpp"]))
+    driver = str(tmp_path / "driver")
+    subprocess.run([*settings.cxx(), *flags, *objects, "-pthread", "-o", driver], check=True)
+    subprocess.run([driver], check=True)
