@@ -61,13 +61,6 @@ Q8_INLINE float normalize(float w, float absmax) {
   return absmax == 0.0f ? 0.0f : w / absmax;
 }
 
-// Whether sums of x * level may be taken before the scale of their block meets them: where x is all
-// zeros, or its largest magnitude far from both ends of float32. x * (level * scale) is right for
-// any x.
-Q8_INLINE bool scale_can_wait(float largest_of_x) {
-  return largest_of_x == 0.0f || (largest_of_x > 0x1p-80f && largest_of_x < 0x1p100f);
-}
-
 // Weight of a block in the histogram: rint(2^30 * (absmax / largest)^2) of a squared float32.
 constexpr float kHistogramUnit = 1073741824.0f;
 

@@ -42,6 +42,13 @@ struct LinearArgs {
   void* y;
 };
 
+// Whether sums of x * level may be taken before the scale of their block meets them: where x is all
+// zeros, or its largest magnitude far from both ends of float32. x * (level * scale) is right for
+// any x.
+Q8_INLINE bool scale_can_wait(float largest_of_x) {
+  return largest_of_x == 0.0f || (largest_of_x > 0x1p-80f && largest_of_x < 0x1p100f);
+}
+
 struct Kernels {
   const char* name;
   void (*quantize)(const QuantizeArgs&, const Pool&);
