@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gptj_q8.demo import books
+from gptj_q8.doctor.machine import cpu_model
 
 HOW = (
     "The float16 weights as shipped, computed in float32. Each book is opened and closed by "
@@ -67,21 +67,12 @@ def describe_machine() -> dict[str, Any]:
     """What a reader needs to judge the run's minutes."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def plot_losses(report: dict[str, Any], file: Path) -> None:
