@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import subprocess
 import sys
 import threading
@@ -123,6 +124,30 @@ def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype
             guarded, guarded.clone(), *state, parts[2], parts[2], 1e-3, 0.9, 0.9, 1e-8, 0, 1,
             block_size,
         )  # fmt: skip
+
+
+def memory(key: str) -> int:
+    """Bytes of this process as Linux counts them: "VmRSS" now, "VmHWM" at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts memory so")
+def test_products_make_no_copy_of_the_weights(isa: str) -> None:
+    """8 MB of codes: decoded they would be 17 MB or 34."""
+    w = random_quantized(512, 16384, 256, "arbitrary")
+    for dtype in DTYPES:
+        for m in (1, 4, 40):
+            x, dy = torch.ones(m, 16384, dtype=dtype), torch.ones(m, 512, dtype=dtype)
+            for product, arguments in (
+                (cpu.linear, (x, *w.parts, None, 256)),
+                (cpu.linear_grad_input, (dy, *w.parts, 256)),
+            ):
+                product(*arguments)
+                before = memory("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+                product(*arguments)
+                assert memory("VmHWM") - before < 8e6, (product, m, dtype)
 
 
 def test_bindings_refuse_what_would_be_unsafe() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_build import build_settings
+from cpu_driver import build_settings
 
 from gptj_q8 import backends
 

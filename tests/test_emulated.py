@@ -11,15 +11,13 @@ import platform
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_cpu_build import build_settings
+from cpu_driver import build_driver, build_settings
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
@@ -31,31 +29,11 @@ def need(*tools: str) -> None:
             )
 
 
-def build_driver(compiler: str, machine: str, folder: Path) -> str:
-    """cpu_driver.cpp with every instruction set of a machine, in one static program."""
-    settings = build_settings()
-    sets = {
-        name: flags
-        for name, (machines, flags) in settings.INSTRUCTION_SETS.items()
-        if machine in machines
-    }
-    left_out = {"ops", "pool"} | (settings.INSTRUCTION_SETS.keys() - sets.keys())
-    have = [f"-DQ8_HAVE_{name.upper()}" for name in sets]
-
-    def compile_one(source: Path) -> str:
-        gate = sets.get(source.stem.rpartition("_")[2], "").split()
-        target = str(folder / f"{source.stem}.o")
-        command = [compiler, *settings.FLAGS.split(), "-O2", *gate, *have]
-        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
-        return target
-
-    kernels = (ROOT / "csrc" / "cpu").glob("*.cpp")
-    sources = [p for p in kernels if p.stem.rpartition("_")[2] not in left_out]
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, [*sources, ROOT / "tests" / "cpu_driver.cpp"]))
-    driver = str(folder / "driver")
-    subprocess.run([compiler, "-static", *objects, "-pthread", "-o", driver], check=True)
-    return driver
+def build_static(compiler: str, machine: str, folder: Path) -> str:
+    """The driver with every instruction set of a machine, in one static program."""
+    sets = build_settings().INSTRUCTION_SETS
+    isas = [name for name, (machines, _) in sets.items() if machine in machines]
+    return build_driver([compiler], isas, folder, ["-O2", "-static"])
 
 
 def instruction_sets_that_passed(*command: str) -> list[str]:
@@ -66,14 +44,14 @@ def instruction_sets_that_passed(*command: str) -> list[str]:
 
 def test_arm64(tmp_path: Path) -> None:
     need(ARM_COMPILER, "qemu-aarch64")
-    driver = build_driver(ARM_COMPILER, "aarch64", tmp_path)
+    driver = build_static(ARM_COMPILER, "aarch64", tmp_path)
     assert instruction_sets_that_passed("qemu-aarch64", driver) == ["neon", "portable"]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for x86-64 with its compiler")
 def test_x86_without_avx_and_without_avx512(tmp_path: Path) -> None:
     need("qemu-x86_64")
-    driver = build_driver(build_settings().cxx()[0], "x86_64", tmp_path)
+    driver = build_static(build_settings().cxx()[0], "x86_64", tmp_path)
     # The first x86-64 there was, and one of 2013.
     for cpu, expected in (("qemu64", ["portable"]), ("Haswell", ["avx2", "portable"])):
         assert instruction_sets_that_passed("qemu-x86_64", "-cpu", cpu, driver) == expected

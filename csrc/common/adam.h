@@ -1,12 +1,11 @@
 // One step of Adam with decoupled weight decay, for one element, in float32:
 //   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-//   param = param (1 - lr weight_decay) - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step)
-//   + eps)
+//   param = param (1 - lr weight_decay)
+//           - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 // with the new m and v before they are encoded again. The last fraction is computed as
 // rate m / (sqrt(v) + eps'), whose numbers hold sqrt(1 - beta2^step) already: one division less.
-// An element whose g^2 is not finite keeps
-// param, m and v: an infinite v would spoil the scale of its block. Every operation is rounded by
-// itself, so that all backends give the same.
+// An element whose g^2 is not finite keeps param, m and v: an infinite v would spoil the scale of
+// its block. Every operation is rounded by itself, so that all backends give the same.
 #pragma once
 
 #include <cmath>

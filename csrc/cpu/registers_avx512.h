@@ -5,17 +5,7 @@
 // tables.
 #pragma once
 
-// GCC 12 and older warn of the undefined source operands inside their own header.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
+#include "intrinsics_avx512.h"
 #include "kernels.h"
 
 namespace gptj_q8::Q8_ISA {
@@ -61,11 +51,6 @@ Q8_INLINE void decode64(const Table& table, __m512i codes, __m512i* first, __m51
 constexpr uint64_t kColumnsOf[2] = {0x00ff00ff00ff00ff, 0xff00ff00ff00ff00};
 constexpr uint64_t kColumnsOfFloats[4] = {0x0055005500550055, 0x00aa00aa00aa00aa,
                                           0x5500550055005500, 0xaa00aa00aa00aa00};
-// Of two blocks of 32 that share a register of codes, each lies in one half of every register of
-// levels.
-Q8_INLINE __m512 two_scales(const float* scales) {
-  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
-}
 
 // Byte order after which the even 16-bit entries of `first` are levels 0-15, its odd ones levels
 // 16-31, and likewise for `second`: the order that widening to float32 by shifts wants.

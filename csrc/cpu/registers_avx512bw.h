@@ -5,17 +5,7 @@
 // even bytes of 64 codes are indices as they stand, and the odd ones after one shift.
 #pragma once
 
-// GCC 12 and older warn of the undefined source operands inside their own header.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
+#include "intrinsics_avx512.h"
 #include "kernels.h"
 
 namespace gptj_q8::Q8_ISA {
@@ -54,11 +44,6 @@ Q8_INLINE void decode64(const Table& table, __m512i codes, __m512i* first, __m51
 // in this order, as sets of bits.
 constexpr uint64_t kColumnsOfFloats[4] = {0x1111111111111111, 0x4444444444444444,
                                           0x2222222222222222, 0x8888888888888888};
-// Of two blocks of 32 that share a register of codes, each lies in one half of every register of
-// levels.
-Q8_INLINE __m512 two_scales(const float* scales) {
-  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
-}
 
 // Byte order after which the even 16-bit entries of decode64's `first` are levels 0-15, its odd
 // ones levels 16-31, and likewise for `second`: bytes i, 32 + i, 16 + i, 48 + i side by side.
