@@ -100,7 +100,10 @@ class GuardedPages:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect as Linux has it")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 77), (6, 67, 129), (17, 66, 320)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 6, 192), (3, 5, 77), (4, 7, 4160), (6, 67, 129), (17, 66, 320)],
+)
 def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     pages = GuardedPages()
     for block_size in (32, 256):

@@ -161,6 +161,21 @@ def test_products_of_random_shapes(isa: str) -> None:
             check_product(dx, dy @ truth.to(dtype), dy.double() @ truth)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [257, 513, 1030])
+def test_more_rows_than_one_pass_takes(m: int, dtype: torch.dtype, isa: str) -> None:
+    """256 or 512 rows of x share one decoding; the last pass may be a single row."""
+    w = random_quantized(70, 129, 64, "arbitrary")
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, 129, generator=generator).to(dtype)
+    dy = torch.randn(m, 70, generator=generator).to(dtype)
+    y = cpu.linear(x, *w.parts, None, 64)
+    dx = cpu.linear_grad_input(dy, *w.parts, 64)
+    check_product(y, F.linear(x, w.truth.to(dtype)), x.double() @ w.truth.T)
+    check_product(dx, dy @ w.truth.to(dtype), dy.double() @ w.truth)
+    assert relative_error(y[-1], x[-1].double() @ w.truth.T) < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 6, 40])
 def test_sums_neither_overflow_nor_vanish_before_their_scale(
