@@ -176,6 +176,25 @@ def test_more_rows_than_one_pass_takes(m: int, dtype: torch.dtype, isa: str) -> 
     assert relative_error(y[-1], x[-1].double() @ w.truth.T) < 0.01
 
 
+def test_more_codes_than_32_bits_count(isa: str) -> None:
+    rows, columns, last = 2**20 + 3, 4096, slice(2**20, None)
+    w = random_quantized(3, columns, 4096, "gaussian")
+    # Zeros of NumPy's take no memory until they are written.
+    codes, absmax = torch.from_numpy(np.zeros((rows, columns), np.uint8)), torch.zeros(rows)
+    codes[last], absmax[last] = w.codes, w.absmax
+    big = (codes, absmax, w.codebook)
+    found = cpu.embedding(torch.tensor([rows - 1, 0]), *big, 4096, torch.float32)
+    assert torch.equal(found.double(), torch.stack([w.truth[-1], 0 * w.truth[0]]))
+    x, dy = torch.ones(1, columns, dtype=torch.bfloat16), torch.zeros(1, rows)
+    dy[0, last] = torch.tensor([1.0, 2.0, -3.0])
+    y = cpu.linear(x, *big, None, 4096)
+    assert relative_error(y[0, last], w.truth.sum(1)) < 4e-3
+    assert not y[0, : 2**20].any()
+    assert (
+        relative_error(cpu.linear_grad_input(dy, *big, 4096), dy[:, last].double() @ w.truth) < 1e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 6, 40])
 def test_sums_neither_overflow_nor_vanish_before_their_scale(
