@@ -45,7 +45,7 @@ def peer(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{package} is not installed") from error
+        raise UnavailableError(f"{error.name or package} is not installed") from error
     except Exception as error:
         reason = f"{package} fails to import ({type(error).__name__})"
         raise UnavailableError(reason) from error

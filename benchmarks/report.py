@@ -12,8 +12,6 @@ from benchmarks.results import Model, Results, Row
 
 # Redirected output is as wide as the table; rich would take 80 columns.
 WIDE = 160
-# Load per core above which somebody else is at work too.
-BUSY = 0.75
 
 
 def finish(bench: Bench) -> int:
@@ -31,7 +29,7 @@ def print_results(results: Results) -> None:
         f"PyTorch {results.versions['torch']}. "
         "Median time of a call; in brackets how many times as fast as the baseline."
     )
-    if (machine.load_average or 0) > BUSY * (machine.cores or 1):
+    if machine.busy:
         console.print(
             f"The machine was busy: load {machine.load_average:.1f} on {machine.cores} cores. "
             "Times of CPU work are not to be trusted; ratios, a little."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 SCHEMA_VERSION = 1
+BUSY = 0.75  # load for each core
 DIGITS = 5  # of a stored measurement; machines are noisier than that
 
 
@@ -29,6 +30,11 @@ class Machine:
     gpu_memory_bytes: int | None
     compute_capability: str | None
     last_level_cache_bytes: int
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody else was at work, which CPU timings show."""
+        return (self.load_average or 0) > BUSY * (self.cores or 1)
 
 
 @dataclass

@@ -250,6 +250,12 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert results.failed[0].reason == "RuntimeError: cannot open weights"
 
 
+@pytest.mark.parametrize(("load", "busy"), [(None, False), (1.0, False), (1.6, True)])
+def test_a_busy_machine_is_told(load: float | None, busy: bool) -> None:
+    machine = new_results(CPU, "benchmarks.test", []).machine
+    assert dataclasses.replace(machine, load_average=load, cores=2).busy is busy
+
+
 def test_committed_results_are_valid() -> None:
     for file in RESULTS.glob("*.json"):
         Results.read(file)

@@ -59,8 +59,13 @@ def bench_command(
             " bitsandbytes decodes its blocks and multiplies, or is its AdamW8bit; LLM.int8 is its"
             " Linear8bitLt. A weight takes 8.125 bits here, 16 there."
         )
-        for note in results.skipped:
-            screen.note(f"Skipped: {note.what}: {note.reason}")
+        if machine.busy:
+            screen.note(
+                f"The machine was busy (load {machine.load_average:.1f} on {machine.cores} cores):"
+                " run this again when it is not."
+            )
+        for reason in dict.fromkeys(note.reason for note in results.skipped):
+            screen.note(f"An empty place: {reason}")
         for note in results.failed:
             screen.say(f"WRONG: {note.what}: {note.reason}", style="bold red")
         screen.result(
