@@ -12,6 +12,7 @@ from command_line import POSITIONS, byte_ids, float32, read_json, run, save_byte
 from tiny import contents
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
+from gptj_q8.cli.demo import _activation
 from gptj_q8.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,6 +180,22 @@ def test_demo_shows_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert old["divergence"]["kl"] > 2 * ours["divergence"]["kl"]
     assert measured["generation"] in shown.stdout
     assert measured["finetuning"]["samples"][0]["after"].strip() in shown.stdout
+
+
+def test_demo_tells_how_its_commands_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `make demo` they are in .venv alone."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setenv("PATH", "")
+    assert _activation() == "source .venv/bin/activate"
+    command = tmp_path / "gptj-q8"
+    command.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _activation() is None
 
 
 @pytest.mark.slow

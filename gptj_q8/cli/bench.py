@@ -20,7 +20,10 @@ from gptj_q8.cli.screen import open_screen
 def bench_command(
     device: options.Device = "auto",
     tiny: Annotated[
-        bool, typer.Option("--tiny", metavar="", help="Dry run on tiny matrices: no news.")
+        bool,
+        typer.Option(
+            "--tiny", metavar="", help="Only try the command, on matrices too small to tell."
+        ),
     ] = False,
     json: options.AsJson = False,
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,7 +133,13 @@ def demo_command(
 
         screen.heading("5. Go on from here")
         lines = ["import gptj_q8", f'model = gptj_q8.from_pretrained("{output.as_posix()}")']
-        screen.say(f"The 8-bit copy is in {output}, the adapter in {tuned}. In Python:")
+        screen.say(f"The 8-bit copy is in {output}, the adapter in {tuned}.")
+        if activate := _activation():
+            screen.say("First, for Python and the commands to be found in this terminal:")
+            screen.say()
+            screen.say(f"    {activate}")
+            screen.say()
+        screen.say("In Python:")
         screen.say()
         for line in lines:
             screen.say(f"    {line}")
@@ -157,6 +166,14 @@ def demo_command(
                 "python": lines,
             }
         )
+
+
+def _activation() -> str | None:
+    """What makes `gptj-q8` a command here, as after `make demo`; None where it is one already."""
+    script = Path(sys.prefix, "bin", "activate")
+    if shutil.which("gptj-q8") or not script.exists():
+        return None
+    return f"source {os.path.relpath(script)}"
 
 
 def _convert(screen: Screen, folder: str, config: Q8Config, overwrite: bool) -> ConversionReport:

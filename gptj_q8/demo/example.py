@@ -1,6 +1,6 @@
 """From a float model to a fine-tuned 8-bit one, step by step: run it whole, or cell by cell.
 
-    python -m gptj_q8.demo.example      # a minute on the small model; writes to out/example
+    python -m gptj_q8.demo.example      # half a minute on the small model; writes to out/example
 
 In a notebook, each part between two lines `# %%` is a cell, after one that installs the package
 from its clone (`!pip install --no-build-isolation ./gptj_q8`). With GPT-J-6B itself, change MODEL
