@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,8 @@ def system_name(backend: str) -> str:
 
 def peer(package: str) -> Any:
     """Imports a peer's module; UnavailableError in words where it is missing or broken."""
+    # bitsandbytes logs at every call that it rounds bfloat16 to float16 for its int8 product.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -246,6 +246,22 @@ def test_missing_and_bad_inputs_are_one_sentence_and_exit_1(
         assert result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [("generate", "out/absent", "x"), ("memory", "--model", "out/absent")]
+)
+def test_a_name_that_is_not_found_offline_is_said(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the Hub.\nCheck your connection.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("gptj-q8: out/absent is no folder here and could not be")
+
+
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     result = run("--debug", "generate", tmp_path / "absent", "x")
     assert result.exit_code == 1

@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj_q8.cli.errors import CliError
+from gptj_q8.cli.errors import CliError, sentence
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from gptj_q8.train.texts import Document
 
@@ -108,13 +108,28 @@ def trainable_model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:
     return loaded
 
 
+def config(name: str) -> PreTrainedConfig:
+    """The configuration of a model."""
+    from transformers import AutoConfig
+
+    path = model_path(name)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        if name in str(error) or Path(path).exists():
+            raise
+        # Offline, Transformers does not say what it looked for: perhaps a folder misspelt.
+        why = f"could not be fetched from the Hub: {sentence(error)}"
+        raise CliError(f"{name} is no folder here and {why}") from error
+
+
 def tokenizer(*names: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the first model that has one."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     for name in names:
         path = model_path(name)
-        AutoConfig.from_pretrained(path)  # fails here where the model, not its tokenizer, is amiss
+        config(name)  # fails here where the model, not its tokenizer, is amiss
         try:
             found = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError):

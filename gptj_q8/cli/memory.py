@@ -104,11 +104,11 @@ def memory_command(
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig, GPTJConfig
+    from transformers import GPTJConfig
 
     if name == FULL_SIZE:
         return GPTJConfig()  # whose defaults are those of EleutherAI/gpt-j-6b
-    return AutoConfig.from_pretrained(load.model_path(name))
+    return load.config(name)
 
 
 def _verdict(size: int, room: int) -> str:
