@@ -1,4 +1,4 @@
-"""What the machine itself can do: the lines that no kernel crosses.
+"""What the machine itself can do: the lines that kernels are compared with.
 
     python -m benchmarks.ceilings --device cuda --json out.json
 
@@ -6,7 +6,7 @@
   instructions; it is what streaming the codes is compared with.
 - copy_gb_per_s: a copy of cold memory, bytes read plus bytes written.
 - matmul_<dtype>_tflop_per_s: a large square product through PyTorch, on random data (zeros run
-  faster than any real matrix).
+  faster than any real matrix). A better kernel, or one in integers, can cross this line.
 """
 
 import functools
