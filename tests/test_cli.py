@@ -225,6 +225,8 @@ def test_missing_and_bad_inputs_are_one_sentence_and_exit_1(
     monkeypatch.chdir(Path(__file__).parent.parent)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
+    short = tmp_path / "short.txt"
+    short.write_text("hola\n")
     cases = {
         ("evaluate", model, "--data", tmp_path / "absent.txt"): "No such file or directory",
         ("evaluate", model, "--data", latin): "is not UTF-8 text (byte 3)",
@@ -236,6 +238,7 @@ def test_missing_and_bad_inputs_are_one_sentence_and_exit_1(
         ("generate", "tests/absent", "x"): "there is no model at tests/absent",
         ("generate", model, "x", "--device", "gpu"): "device gpu",
         ("evaluate", model, "--data", empty.parent / "latin.txt", "--json"): "UTF-8",
+        ("finetune", model, "--data", short, "--output", tmp_path / "run"): "(--held-out 0)",
     }
     for arguments, expected in cases.items():
         result = run(*arguments)

@@ -194,7 +194,9 @@ def hold_out(
             texts.setdefault((document.prompt, document.text), []).append(document)
     if texts:
         if len(texts) < 2:
-            raise ValueError("there is one record only and none to hold out: set held_out to 0")
+            raise ValueError(
+                "there is one record only and none to hold out: set held_out to 0 (--held-out 0)"
+            )
         groups = list(texts.values())
         random.Random(seed).shuffle(groups)
         count = max(1, round(share * len(groups)))
@@ -216,7 +218,8 @@ def _cut(document: Document, share: float) -> tuple[Document, Document]:
     begin, end = text[:place], text[place:]
     if not begin.strip() or not end.strip():
         raise ValueError(
-            f"{document.where}: too short to hold out {share:.0%} of it; set held_out to 0"
+            f"{document.where}: too short to hold out {share:.0%} of it; "
+            "set held_out to 0 (--held-out 0)"
         )
     where = document.where
     return Document(begin, "", where, True, ends=False), Document(end, "", where, True)
