@@ -5,7 +5,8 @@
 Four ways: float32 and float16 (or bfloat16) under plain Transformers and PEFT; the model that this
 one follows, hivemind/gpt-j-6B-8bit, which decodes a whole matrix before each product; and
 gptj_q8. Running: one sequence of 2048 tokens with its cache. Training: LoRA of rank 16 on it with
-checkpointing. The libraries' share, 0.5 GB, is an estimate for a GPU. benchmarks.full_size and
+checkpointing, at its fullest: the loss or the last block's backward, when the adapters have next to
+no gradients yet. The libraries' share, 0.5 GB, is an estimate for a GPU. benchmarks.full_size and
 benchmarks.lora_step measure peaks.
 """
 
@@ -55,7 +56,7 @@ def count(config: Any, system: str, training: bool) -> dict[str, float]:
     block = ours.passing["backward of a block"] * word // 2 + scores
     loss = logits if plain else ours.passing["loss"]
     parts |= {
-        "adapters and their gradients": 8 * adapters,
+        "adapters": 4 * adapters,
         "optimizer": ours.standing["optimizer state"] if is_8bit else 8 * adapters,
         "activations kept": ours.passing["activations kept"] * word // 2,
         "working memory": max(block, loss),
