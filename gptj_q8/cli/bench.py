@@ -67,8 +67,8 @@ def bench_command(
                 f"The machine was busy (load {machine.load_average:.1f} on {machine.cores} cores):"
                 " run this again when it is not."
             )
-        for reason in dict.fromkeys(note.reason for note in results.skipped):
-            screen.note(f"An empty place: {reason}")
+        for reason, what in {note.reason: note.what for note in results.skipped}.items():
+            screen.note(f"An empty place: {what}: {reason}")
         for note in results.failed:
             screen.say(f"WRONG: {note.what}: {note.reason}", style="bold red")
         screen.result(
