@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, StaticCache
 
 import gptj_q8
-from gptj_q8.models.gptj_modules import HAS_OWN_SDPA, fuse_gelu
+from gptj_q8.models.gptj_modules import SdpaAttention, fuse_gelu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,13 +102,8 @@ def test_rows_that_see_nothing_are_finite_and_harm_no_other(dtype: torch.dtype) 
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-@pytest.mark.skipif(
-    HAS_OWN_SDPA, reason="the masks of this Transformers' own attention are its own"
-)
 def test_no_mask_is_made_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for a batch without padding nor for one whose attention_mask is all ones."""
-    from gptj_q8.models.gptj_attention import SdpaAttention
-
     _, ours = pair()
     given = []
     monkeypatch.setattr(
@@ -205,23 +200,18 @@ def test_attention_weights_are_refused() -> None:
 
 
 def kind(model: nn.Module) -> set[str]:
-    """What the attentions of a GPT-J are: a class of ours or of theirs, or its configuration's."""
     return {
-        module.config._attn_implementation
-        if HAS_OWN_SDPA
-        else {"SdpaAttention": "sdpa", "GPTJAttention": "eager"}[type(module).__name__]
-        for name, module in model.named_modules()
-        if name.endswith(".attn")
+        type(module).__name__ for name, module in model.named_modules() if name.endswith(".attn")
     }
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, "sdpa"),
-        ({"attn_implementation": "sdpa"}, "sdpa"),
-        ({"attn_implementation": "eager"}, "eager"),
-        ({"output_attentions": True}, "eager"),
+        ({}, "SdpaAttention"),
+        ({"attn_implementation": "sdpa"}, "SdpaAttention"),
+        ({"attn_implementation": "eager"}, "GPTJAttention"),
+        ({"output_attentions": True}, "GPTJAttention"),
     ],
 )
 def test_our_loader_takes_sdpa_unless_asked(
@@ -235,13 +225,13 @@ def test_our_loader_takes_sdpa_unless_asked(
 def test_transformers_own_models_stay_as_they_are(float_dir: Path, tmp_path: Path) -> None:
     """Neither their default nor their refusal changes, and what we save they load."""
     model = gptj_q8.from_pretrained(float_dir)
-    assert kind(AutoModelForCausalLM.from_pretrained(float_dir)) == {"eager"}
+    assert kind(AutoModelForCausalLM.from_pretrained(float_dir)) == {"GPTJAttention"}
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         AutoModelForCausalLM.from_pretrained(float_dir, attn_implementation="sdpa")
     model.save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text().replace("attn_pdrop", "")
-    assert kind(AutoModelForCausalLM.from_pretrained(tmp_path)) == {"eager"}
-    assert kind(GPTJForCausalLM(model.config)) == {"sdpa"}, "as its configuration says"
+    assert kind(AutoModelForCausalLM.from_pretrained(tmp_path)) == {"GPTJAttention"}
+    assert kind(GPTJForCausalLM(model.config)) == {"SdpaAttention"}, "as its configuration says"
 
 
 def test_switches_under_peft_and_back() -> None:
@@ -249,10 +239,10 @@ def test_switches_under_peft_and_back() -> None:
     before = logits(eager)
     wrapped = get_peft_model(eager, LoraConfig(r=2, target_modules=["q_proj"]))
     gptj_q8.set_attn_implementation(wrapped, "sdpa")
-    assert kind(wrapped) == {"sdpa"}
+    assert kind(wrapped) == {"SdpaAttention"}
     torch.testing.assert_close(logits(wrapped), before)
     gptj_q8.set_attn_implementation(wrapped, "eager")
-    assert kind(wrapped) == {"eager"}
+    assert kind(wrapped) == {"GPTJAttention"}
     assert torch.equal(logits(wrapped), before)
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJForCausalLM, Trainer, TrainingArguments
 
 import gptj_q8
-from gptj_q8.models import own_sdpa
-from gptj_q8.models.gptj_modules import LossOutput
+from gptj_q8.models.gptj_modules import LossOutput, SdpaAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +58,7 @@ def test_prepare_for_finetuning_applies_them() -> None:
     model = gptj_q8.prepare_for_finetuning(gptj_q8.add_lora(copy.deepcopy(whole)), verbose=False)
     output = model(IDS, labels=IDS)
     assert isinstance(output, LossOutput)
-    assert model.config._attn_implementation in ("sdpa", own_sdpa("gptj"))
+    assert {type(block.attn) for block in model.base_model.model.transformer.h} == {SdpaAttention}
     torch.testing.assert_close(output.loss, whole(IDS, labels=IDS).loss)
 
 

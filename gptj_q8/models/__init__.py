@@ -21,11 +21,7 @@ def own_sdpa(model_type: str) -> str | None:
     """
     if model_type != GPTJ.model_type:
         return None
-    from gptj_q8.models.gptj_modules import HAS_OWN_SDPA
-
-    if HAS_OWN_SDPA:
-        return None
-    from gptj_q8.models.gptj_attention import ATTENTION
+    from gptj_q8.models.gptj_modules import ATTENTION
 
     return ATTENTION
 
