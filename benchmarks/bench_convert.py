@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from benchmarks.arguments import parser, set_threads
 from benchmarks.machine import new_results
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model
 
 GIGA = 1e9
@@ -291,10 +291,7 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(work)
     results.models += models(conversion, generation)
-    if options.json:
-        results.write(options.json)
-    print_results(results)
-    return 0
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.arguments import parser
 from benchmarks.machine import new_results
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model
 
 GIGA = 1e9
@@ -80,10 +80,7 @@ def main(argv: list[str]) -> int:
     options = parser("benchmarks.bench_memory", __doc__).parse_args(argv)
     results = new_results(torch.device("cpu"), "benchmarks.bench_memory", argv)
     results.models += models(GPTJConfig())  # whose defaults are those of GPT-J-6B
-    if options.json:
-        results.write(options.json)
-    print_results(results)
-    return 0
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from benchmarks.arguments import parser
 from benchmarks.bench_convert import GIGA, Watched, watch
 from benchmarks.machine import new_results
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model
 from gptj_q8.codebooks import dynamic
 
@@ -121,10 +121,7 @@ def main(argv: list[str]) -> int:
     for name, watched in steps.items():
         figures = {"seconds_s": watched.seconds, "peak_gb": watched.peak / GIGA}
         results.models.append(Model("old checkpoint", name, {"file_gb": size / GIGA, **figures}))
-    if options.json:
-        results.write(options.json)
-    print_results(results)
-    return 0
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

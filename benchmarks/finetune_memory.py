@@ -31,7 +31,7 @@ from benchmarks.full_size import (
     peak_anonymous_memory,
 )
 from benchmarks.machine import new_results
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model, Note
 
 TOKENS = (2048, 512)
@@ -63,8 +63,7 @@ def main(argv: list[str]) -> int:
             results.models.append(Model("finetune_memory", f"{tokens} tokens", figures))
         if options.json:
             results.write(options.json)
-    print_results(results)
-    return 1 if results.failed else 0
+    return finish(results, options.json)
 
 
 def measure(layers: int, tokens: int, rank: int, tiny: bool = False) -> dict[str, float]:

@@ -22,7 +22,7 @@ from benchmarks.arguments import parser, set_threads
 from benchmarks.finetune_memory import RANK, example, trainable
 from benchmarks.full_size import SYSTEMS, TINY_LAYERS, TINY_PROMPT, build
 from benchmarks.machine import new_results
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model
 
 LAYERS, TOKENS, ROUNDS = 4, (512, 1024, 2048), 5
@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
         results.models += compare(steps, tokens, options.rounds)
         if options.json:
             results.write(options.json)
-    print_results(results)
-    return 0
+    return finish(results, None if options.profile else options.json)
 
 
 def make_step(system: str, layers: int, tiny: bool = False) -> Callable[[int], None]:

@@ -34,7 +34,7 @@ from benchmarks.ceilings import stream_gb_per_s
 from benchmarks.cold import free_memory
 from benchmarks.machine import new_results
 from benchmarks.model_check import check_products
-from benchmarks.report import print_results
+from benchmarks.report import finish
 from benchmarks.results import Model, Note
 
 SYSTEMS = ("gptj_q8", "bfloat16")
@@ -101,10 +101,7 @@ def run_each(
             results.models.append(Model(task, system, json.loads(done.stdout.splitlines()[-1])))
         if options.json:
             results.write(options.json)
-    if options.json:
-        results.write(options.json)
-    print_results(results)
-    return 1 if results.failed else 0
+    return finish(results, options.json)
 
 
 def _why_not(system: str, options: argparse.Namespace, left_s: float) -> str | None:

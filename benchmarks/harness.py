@@ -142,9 +142,6 @@ class Bench:
             _row(case, name, system, check, timings[name], timings.get(case.baseline))
             for name, (system, check) in systems.items()
         ]
-        self.save()
-
-    def save(self) -> None:
         if self.json:
             self.results.write(self.json)
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     bench = make_bench("benchmarks.ops", options, argv)
     for case, makers in registry.cases(options.op, selection(options)):
         bench.run(case, makers)
-    return finish(bench)
+    return finish(bench.results, options.json)
 
 
 if __name__ == "__main__":

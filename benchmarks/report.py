@@ -2,23 +2,27 @@
 
 import sys
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.harness import Bench
 from benchmarks.results import Model, Results, Row
 
 # Redirected output is as wide as the table; rich would take 80 columns.
 WIDE = 1000
 
 
-def finish(bench: Bench) -> int:
-    """Prints and saves what a benchmark found; its exit status: 1 if a check of ours failed."""
-    bench.save()
-    print_results(bench.results)
-    return 1 if bench.results.failed else 0
+def finish(results: Results, json: Path | None) -> int:
+    """Saves and prints what a benchmark found; its exit status: 1 if a check of ours failed.
+
+    json: the file, None for none.
+    """
+    if json:
+        results.write(json)
+    print_results(results)
+    return 1 if results.failed else 0
 
 
 def print_results(results: Results) -> None:
