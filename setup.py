@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -223,9 +222,8 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def up_to_date(target: Path, sources: list[str]) -> bool:
-    newest = max((ROOT / source).stat().st_mtime for source in sources)
-    return target.exists() and target.stat().st_mtime > newest
+def edit_times(sources: list[str]) -> list[int]:
+    return [(ROOT / source).stat().st_mtime_ns for source in sources]
 
 
 def say(sentence: str) -> None:
@@ -235,17 +233,19 @@ def say(sentence: str) -> None:
 class BuildLibraries(build_ext):
     def build_extension(self, ext: Library) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        if not self.force and up_to_date(target, [*ext.sources, *ext.depends]):
+        sources = [*ext.sources, *ext.depends]
+        edited = edit_times(sources)
+        if not self.force and target.exists() and target.stat().st_mtime_ns > max(edited):
             return
         folder = Path(self.build_temp).resolve() / ext.name
         for path in (folder, target.parent):
             path.mkdir(parents=True, exist_ok=True)
-        begun = time.time()
         try:
             if not sys.platform.startswith("linux"):
                 raise NotBuiltError("the kernels were never tried outside Linux")
             ext.build(folder, target.resolve())
-            os.utime(target, (begun, begun))  # a source edited meanwhile is newer
+            if edit_times(sources) != edited:  # meanwhile: the next build compiles it
+                os.utime(target, ns=(max(edited), max(edited)))
         except (NotBuiltError, OSError) as error:
             # A library of older sources would be worse than none.
             for stale in (target, ROOT / "gptj_q8" / target.name):

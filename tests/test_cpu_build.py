@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -76,9 +77,12 @@ def test_a_source_edited_during_a_build_is_built_again(tmp_path: Path) -> None:
             builds.append(target)
             if len(builds) == 1:
                 source.write_text("edited")
+                # Clocks step back at times, and a file system's lags by milliseconds.
+                os.utime(source, (begun, begun))
             target.write_text("library")
 
     source.write_text("first")
+    begun = source.stat().st_mtime + 1e-3
     command = settings.BuildLibraries(Distribution())
     command.initialize_options()
     command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
