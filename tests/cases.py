@@ -1,4 +1,4 @@
-"""Quantized weights to test with, decoded by NumPy, and the backends to test on."""
+"""Quantized weights to test with, their truth by NumPy and float64, and the backends to test on."""
 
 from __future__ import annotations
 
@@ -88,6 +88,77 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth||, and 0 for 0 / 0. float64."""
     error = (actual.double() - truth).norm().item()
     return error / truth.norm().item() if error else 0.0
+
+
+def random(
+    *shape: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 1
+) -> Tensor:
+    """Of a normal distribution, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def is_good(actual: Tensor, plain: Tensor, truth: Tensor) -> bool:
+    """Whether a product is within its bounds: float32 1e-5; 16 bits twice PyTorch's own error.
+
+    plain: the same product by PyTorch in actual's dtype. The best any product can do is to round
+    the truth, which matters where PyTorch's happens to be exact.
+    """
+    error = relative_error(actual, truth)
+    if actual.dtype == torch.float32:
+        return error < 1e-5
+    rounding = relative_error(truth.to(actual.dtype), truth)
+    return error <= 2 * max(relative_error(plain, truth), rounding)
+
+
+def check_product(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The dtype, shape and bounds of a product; arguments as `is_good` has them."""
+    assert actual.dtype == plain.dtype
+    assert actual.shape == truth.shape
+    assert is_good(actual, plain, truth), relative_error(actual, truth)
+
+
+def numpy_blocks(weight: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalized blocks [blocks, block_size], padded with zeros, and their scales, in float32."""
+    padded = np.pad(weight.ravel(), (0, -weight.size % block_size)).reshape(-1, block_size)
+    absmax = np.abs(padded).max(axis=1)
+    divisor = np.where(absmax > 0, absmax, 1).astype(np.float32)[:, None]
+    return padded / divisor, absmax
+
+
+def numpy_quantize(
+    weight: np.ndarray, codebook: Tensor, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and absmax of float32 values, by the format's definition."""
+    normalized, absmax = numpy_blocks(weight, block_size)
+    table = codebook.numpy()
+    midpoints = (table[:-1].astype(np.float64) + table[1:]) / 2
+    codes = np.searchsorted(midpoints.astype(np.float32), normalized, side="left")
+    return codes.ravel()[: weight.size].astype(np.uint8), absmax
+
+
+def adam_state(
+    numel: int, block_size: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """Codes and absmax of m, then of v, all zero; and the codebooks of m and v."""
+    tables = codebooks.dynamic().to(device), codebooks.dynamic_unsigned().to(device)
+    blocks = -(-numel // block_size)
+    state: list[Tensor] = []
+    for table in tables:
+        zero = int((table == 0).nonzero()[0])
+        state.append(torch.full((numel,), zero, dtype=torch.uint8, device=device))
+        state.append(torch.zeros(blocks, device=device))
+    return tuple(state), tables
+
+
+def adam_moments(
+    state: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], block_size: int
+) -> list[Tensor]:
+    """m and v, decoded to float32."""
+    return [
+        ops.dequantize(codes, absmax, table, block_size, torch.float32)
+        for codes, absmax, table in zip(state[::2], state[1::2], tables, strict=True)
+    ]
 
 
 def backend_ids() -> list[str]:

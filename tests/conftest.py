@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from cases import EMULATED, backend_ids, forced, triton_is_interpreted
 
 from gptj_q8 import backends
 
@@ -63,6 +64,29 @@ def poisoned_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=backend_ids())
+def each_backend(
+    request: pytest.FixtureRequest, device: torch.device, poisoned_empty: None
+) -> Iterator[str]:
+    """Every backend by turns, forced; skips where it cannot serve the device."""
+    if device.type != "cpu" and request.param.startswith("cpu"):
+        pytest.skip(f"{request.param}: serves CPU tensors, the device is {device}")
+    if device.type != "cpu" and request.param == EMULATED:
+        pytest.skip(f"{EMULATED}: takes CPU tensors, the device is {device}")
+    if device.type == "cpu" and request.param == "cuda":
+        pytest.skip("cuda: serves a GPU's tensors, run with --device cuda")
+    if device.type == "cpu" and request.param == "triton" and not triton_is_interpreted():
+        pytest.skip("triton: runs on the CPU in a process of its own, which test_triton.py starts")
+    threads = torch.get_num_threads()
+    if request.param == "reference":
+        torch.set_num_threads(1)  # its many small steps lose tenfold to threads on a busy machine
+    try:
+        with forced(request.param):
+            yield request.param
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, TABLES, random_quantized, relative_error
-from test_ops import check_product, numpy_quantize
+from cases import DTYPES, TABLES, check_product, numpy_quantize, random_quantized, relative_error
 from torch import Tensor
 
 from gptj_q8 import backends, codebooks

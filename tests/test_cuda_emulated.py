@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: what is special to the emulation, and that it notices mistakes.
 
-That the numbers are right is in test_ops.py ("cuda:emulated") and, for the products on GPUs of
+That the numbers are right is in test_ops_*.py ("cuda:emulated") and, for the products on GPUs of
 several kinds, in test_cuda_products.py.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, TABLES, random_quantized
 from cuda_emulation import SANITIZED, emulator
-from test_cuda_products import FAST, GPUS, ODD, both_are_good, running
+from cuda_gpus import FAST, GPUS, ODD, both_are_good, running
 from torch import Tensor
 
 from gptj_q8 import codebooks

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EMULATED, TABLES, triton_is_interpreted
+from cases import EMULATED, TABLES, is_good, random, triton_is_interpreted
 from cuda_emulation import emulator
-from test_cuda_products import H100, Gpu, is_good, random, running
+from cuda_gpus import H100, Gpu, running
 from torch import Tensor
 
 from gptj_q8 import backends

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BLOCK_SIZES, DTYPES, random_quantized
-from test_ops import check_product, random
+from cases import BLOCK_SIZES, DTYPES, check_product, random, random_quantized
 from torch import Tensor
 
 from gptj_q8 import backends, ops

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the matrix of test_ops.py under Triton's interpreter."""
+"""The Triton kernels without a GPU: the matrix of test_ops_*.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_matrix_in_the_interpreter(device: torch.device) -> None:
     """In a process of its own: where the interpreter is on, nothing can be compiled."""
     if device.type != "cpu":
-        pytest.skip(f"the device is {device}: test_ops.py runs the compiled kernels on it")
+        pytest.skip(f"the device is {device}: test_ops_*.py run the compiled kernels on it")
     options = ["-p", "no:cacheprovider", "-k", "triton or tune"]
-    files = ["tests/test_ops.py", "tests/test_tune.py", "tests/test_large.py"]
+    matrix = [str(path) for path in sorted(Path(__file__).parent.glob("test_ops_*.py"))]
+    files = [*matrix, "tests/test_tune.py", "tests/test_large.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,
