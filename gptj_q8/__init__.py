@@ -1,6 +1,7 @@
 """GPT-J in 8 bits: block-wise nonlinear codes, decoded inside the matrix product.
 
-Importing this package registers its ops with PyTorch and its quantizer with Transformers.
+Importing this package registers its ops with PyTorch and its quantizer with Transformers, as soon
+as each of them is imported.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gptj_q8 import _register, ops
+from gptj_q8 import _register
 
 if TYPE_CHECKING:  # what editors and type checkers see of the names below
+    from gptj_q8 import backends as backends
+    from gptj_q8 import codebooks as codebooks
     from gptj_q8 import demo as demo
     from gptj_q8 import doctor as doctor
     from gptj_q8 import evaluate as evaluate
+    from gptj_q8 import ops as ops
     from gptj_q8 import optim as optim
     from gptj_q8.checkpoint import convert_checkpoint as convert_checkpoint
     from gptj_q8.config import Q8Config as Q8Config
@@ -32,7 +36,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
 
 __version__ = "0.1.0"
 
-# Imported when first asked for, so that `import gptj_q8` stays quick.
+# Imported when first asked for, so that `import gptj_q8` and `gptj-q8 --help` stay quick.
 _HOMES = {
     "Q8Config": "gptj_q8.config",
     "Q8Embedding": "gptj_q8.nn",
@@ -49,8 +53,8 @@ _HOMES = {
     "set_attn_implementation": "gptj_q8.models.gptj_modules",
     "set_chunked_loss": "gptj_q8.models.gptj_modules",
 }
-_MODULES = ("demo", "doctor", "evaluate", "optim")
-__all__ = [*_HOMES, *_MODULES, "ops"]
+_MODULES = ("backends", "codebooks", "demo", "doctor", "evaluate", "ops", "optim")
+__all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

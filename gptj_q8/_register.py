@@ -1,7 +1,7 @@
-"""Makes our parts known to Transformers and PEFT whenever, before or after, they are imported.
+"""Makes our parts known to PyTorch, Transformers and PEFT, whichever is imported first.
 
-They find quantizers and layers in tables of theirs, not by entry points, and take over a second to
-import, so `import gptj_q8` must not import them. It leaves a hook behind for each instead.
+They find ops, quantizers and layers in tables of theirs, not by entry points, and take about a
+second each to import, so `import gptj_q8` must not import them. It leaves a hook behind for each.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 # Module to wait for -> module of ours that registers something there, and what is lost if it fails.
 _WAITING = {
+    "torch": ("gptj_q8.ops", "torch.ops.gptj_q8 will be empty"),
     "transformers.quantizers.auto": ("gptj_q8.hf", "from_pretrained will not load 8-bit models"),
     "transformers.modeling_utils": (
         "gptj_q8.hf.wrapped",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj_q8.codebooks import check_codebook
+from gptj_q8 import codebooks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The float dtypes of weights, activations and gradients."""
@@ -150,7 +150,7 @@ def values(op: str, args: Sequence[Any]) -> None:
     """Looks at the values of the arguments of `op`, if `op` promises that. May wait for a GPU."""
     if op == "quantize":
         weight, codebook, _ = args
-        check_codebook(codebook, op)
+        codebooks.check_codebook(codebook, op)
         finite(op, "weight", weight)
     elif op == "histogram":
         finite(op, "weight", args[0])

@@ -182,12 +182,12 @@ def _empty_adam_step_(*args: Any) -> None:
 
 def _kernel(op: str) -> Callable[..., Any]:
     """What runs on real tensors: checks, empty cases, then the backend."""
-    check, empty = getattr(checks, op), globals()[f"_empty_{op}"]
+    empty = globals()[f"_empty_{op}"]
     differentiable = op in ("linear", "linear_grad_input")
 
     @on_one_thread_if_forked
     def kernel(*args: Any) -> Any:
-        check(*args)
+        getattr(checks, op)(*args)  # not looked up before: it may be what began this import
         checks.values(op, args)
         if differentiable and forward_ad._current_level >= 0:
             # PyTorch gives custom ops no forward derivative, and would go on with zeros.
@@ -210,10 +210,10 @@ def _kernel(op: str) -> Callable[..., Any]:
 
 def _fake(op: str) -> Callable[..., Any]:
     """What runs under tracing: the same checks, no values."""
-    check, empty = getattr(checks, op), globals()[f"_empty_{op}"]
+    empty = globals()[f"_empty_{op}"]
 
     def fake(*args: Any) -> Any:
-        check(*args)
+        getattr(checks, op)(*args)
         return empty(*args)
 
     return fake

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from command_line import POSITIONS, byte_ids, float32, read_json, run, save_byte_gptj
 from tiny import contents
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
+import gptj_q8
 from gptj_q8.cli.demo import _activation
 from gptj_q8.train.settings import Settings
 
@@ -50,8 +52,12 @@ def test_help_tells_of_every_command(command: str) -> None:
 
 
 def test_version_names_what_matters() -> None:
-    lines = run("--version").stdout.split("\n")
-    assert [line.split()[0] for line in lines if line] == ["gptj_q8", "torch", "transformers"]
+    lines = run("--version").stdout.splitlines()
+    assert lines == [
+        f"gptj_q8 {gptj_q8.__version__}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+    ]
 
 
 def test_module_and_script_are_the_same_program() -> None:
@@ -64,7 +70,7 @@ def test_module_and_script_are_the_same_program() -> None:
 def test_help_waits_for_no_heavy_import() -> None:
     code = (
         "import sys, types; before = set(sys.modules); import gptj_q8.cli; "
-        "print({'transformers', 'peft', 'accelerate'} & (set(sys.modules) - before))"
+        "print({'torch', 'transformers', 'peft', 'accelerate'} & (set(sys.modules) - before))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

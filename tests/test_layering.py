@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gptj_q8
 
 PACKAGE = Path(gptj_q8.__file__).parent
@@ -35,7 +37,7 @@ FLOORS = [
     },
     {"demo", "cli", "__main__"},
 ]
-# Free for all: it imports nothing but ops when loaded, the rest when asked.
+# Free for all: it imports nothing but _register when loaded, the rest when asked.
 ROOT = "__init__"
 
 
@@ -85,14 +87,27 @@ def test_only_the_files_for_gptj_name_it() -> None:
     assert naming <= allowed
 
 
+def in_a_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 def test_importing_the_package_is_light() -> None:
-    """It must not pull in what only some commands need."""
-    heavy = {"transformers", "peft", "accelerate", "datasets", "matplotlib", "typer", "rich"}
-    code = (
-        "import sys, torch; before = set(sys.modules); import gptj_q8; "
-        "print(*(set(sys.modules) - before))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert not heavy & set(result.stdout.split())
+    """It must not pull in what only some commands need, nor PyTorch, which `--help` needs not."""
+    heavy = {"torch", "numpy", "transformers", "peft", "accelerate", "datasets", "typer", "rich"}
+    loaded = in_a_new_process("import sys, gptj_q8; print(*sys.modules)")
+    assert not heavy & set(loaded.split())
+
+
+# Those that the ops import: they are half loaded when PyTorch, and so the ops, are.
+@pytest.mark.parametrize("first", ["gptj_q8", "gptj_q8.checks", "gptj_q8.codebooks", "torch"])
+def test_the_ops_are_there_whatever_is_imported_first(first: str) -> None:
+    code = f"import {first}, gptj_q8, torch; print(torch.ops.gptj_q8.linear.default)"
+    assert in_a_new_process(code) == "gptj_q8.linear.default"
+
+
+def test_modules_come_when_asked_for() -> None:
+    code = "import gptj_q8; print(*(getattr(gptj_q8, name).__name__ for name in gptj_q8._MODULES))"
+    assert in_a_new_process(code).split() == [f"gptj_q8.{name}" for name in gptj_q8._MODULES]

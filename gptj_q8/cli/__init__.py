@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import gptj_q8
 from gptj_q8.cli.bench import bench_command
 from gptj_q8.cli.convert import convert_command
 from gptj_q8.cli.demo import demo_command
@@ -43,7 +44,8 @@ def _show_version(asked: bool) -> None:
         # Read from metadata: importing these packages would take seconds.
         from importlib.metadata import PackageNotFoundError, version
 
-        for name in ("gptj_q8", "torch", "transformers"):
+        typer.echo(f"gptj_q8 {gptj_q8.__version__}")
+        for name in ("torch", "transformers"):
             try:
                 typer.echo(f"{name} {version(name)}")
             except PackageNotFoundError:
