@@ -35,13 +35,8 @@ test-packaging: venv
 	$(BIN)/python -m pytest tests/test_packaging.py --slow -rs
 
 # The API from its docstrings, as pages in out/docs.
-API := gptj_q8 gptj_q8.backends gptj_q8.checkpoint gptj_q8.codebooks gptj_q8.hivemind gptj_q8.lora \
-	gptj_q8.memory gptj_q8.models gptj_q8.nn gptj_q8.train.run gptj_q8.train.settings gptj_q8.train.texts
 docs: venv
-	@$(BIN)/python -c "import pathlib, sys, gptj_q8, pdoc; \
-	from gptj_q8.cli.load import quieten; quieten(); \
-	[getattr(gptj_q8, name) for name in gptj_q8.__all__]; \
-	pdoc.pdoc(*sys.argv[1:], output_directory=pathlib.Path('out/docs'))" $(API)
+	@$(BIN)/python .ci/docs.py out/docs
 	@echo "Written: out/docs/index.html"
 
 lint: venv

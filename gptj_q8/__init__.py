@@ -1,7 +1,30 @@
 """GPT-J in 8 bits: block-wise nonlinear codes, decoded inside the matrix product.
 
 Importing this package registers its ops with PyTorch and its quantizer with Transformers, as soon
-as each of them is imported.
+as each of them is imported: from then on Transformers loads and saves 8-bit models itself.
+
+    model = gptj_q8.from_pretrained("EleutherAI/gpt-j-6b")  # in 8 bits, weight by weight
+    model.save_pretrained("gpt-j-8bit")
+    model = gptj_q8.add_lora(model, r=16)
+    gptj_q8.prepare_for_finetuning(model)
+
+Where to begin:
+
+- load a model in 8 bits: `from_pretrained`, `Q8Config`
+- quantize one in memory, and back: `quantize_`, `dequantize_`
+- convert one from file to file: `convert_checkpoint`, in `gptj_q8.checkpoint`
+- let it write, and time that: `gptj_q8.generate`
+- fine-tune in a loop of yours: `add_lora`, `prepare_for_finetuning`, `merge`; `gptj_q8.optim`
+- fine-tune on files, from texts to an adapter: `gptj_q8.train.run`, with `gptj_q8.train.settings`
+  and `gptj_q8.train.texts`
+- count the memory that this takes, and take less: `gptj_q8.memory`, `save_memory`
+- measure what 8 bits cost a model: `gptj_q8.evaluate`
+- see what works on this machine: `gptj_q8.doctor`
+- run scripts written for hivemind/gpt-j-6B-8bit: `gptj_q8.hivemind`
+- try all this without a download: `gptj_q8.demo`
+- work on layers and adapters: `gptj_q8.nn`, `gptj_q8.lora`, `gptj_q8.models`
+- work on kernels: `gptj_q8.ops`, `gptj_q8.codebooks`, `gptj_q8.backends` and among them the
+  specification, `gptj_q8.backends.reference`; `gptj_q8.tune`
 """
 
 from __future__ import annotations
@@ -25,7 +48,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from gptj_q8.convert import quantize_ as quantize_
     from gptj_q8.lora import add_lora as add_lora
     from gptj_q8.lora import prepare_for_finetuning as prepare_for_finetuning
-    from gptj_q8.lora.merge import merge as merge
+    from gptj_q8.lora.merging import merge as merge
     from gptj_q8.models.gptj_modules import save_memory as save_memory
     from gptj_q8.models.gptj_modules import set_attn_implementation as set_attn_implementation
     from gptj_q8.models.gptj_modules import set_chunked_loss as set_chunked_loss

@@ -15,7 +15,8 @@ class Q8Config(QuantizationConfigMixin):
     """What `quantize_` and `from_pretrained(quantization_config=...)` do to a model.
 
     block_size: weights that share one scale, a power of two from 32 to 4096.
-    codebook: a name in `gptj_q8.codebooks.FOR_WEIGHTS`.
+    codebook: "fitted" (to each weight, the least squared error), "dynamic" (bitsandbytes' map) or
+        "linear" (int8); see `gptj_q8.codebooks`.
     modules_to_not_convert: names of modules to leave as they are. An entry exempts every module
         whose name contains it as whole components: "lm_head", "h.0", "attn.out_proj".
     format_version: of the stored tensors; this package writes and reads version 1.

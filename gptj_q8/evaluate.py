@@ -5,7 +5,7 @@ adds what a perplexity cannot show: the Kullback-Leibler divergence of their pre
 often their first choices agree, and the change of perplexity with a *paired* standard error.
 
 Both slide a window over the text. Every token but the first is scored exactly once, and past
-the first window each with at least `window - stride` tokens of context::
+the first window each with at least `window - stride` tokens of context:
 
     window 0   [c c c c c c c c]         scores tokens 1 to 7
     window 1         . . . [c c c c]     scores tokens 8 to 10 (window 8, stride 3)

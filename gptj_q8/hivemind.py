@@ -80,8 +80,11 @@ def bnbfy_(model: nn.Module, adapter_dim: int = 0) -> None:
 def add_adapters(model: nn.Module, adapter_dim: int = 16, p: float = 0.0) -> None:
     """Gives every FrozenBNB module of `model` a new adapter, on its device and in float32.
 
-    adapter_dim: its rank; p: of the dropout between its two parts, 0 for none (some copies of the
-    old code had 4 and 0.1). It changes nothing until it is trained.
+    adapter_dim: its rank. p: of the dropout between its two parts, 0 for none (some copies of the
+        old code had 4 and 0.1).
+
+    It changes nothing until it is trained. ValueError for a rank below 1, and for a model without
+    FrozenBNB modules.
     """
     if adapter_dim <= 0:
         raise ValueError(f"add_adapters: adapter_dim must be positive, got {adapter_dim}")
@@ -135,6 +138,7 @@ class GPTJBlock(modeling_gptj.GPTJBlock):
     training: bool
 
     def __init__(self, config: Any, layer_idx: int | None = None) -> None:
+        """Takes what Transformers' block takes."""
         super().__init__(config, layer_idx)
         if not self.ln_1.weight.is_meta:
             convert_to_int8(self)

@@ -21,8 +21,9 @@ WORD, HALF = 4, 2  # bytes of float32 and of bfloat16 or float16
 
 @dataclass(frozen=True)
 class Setting:
-    """tokens: of a sequence. batch: sequences at once. rank: of the adapters, on all matrices.
+    """What to count for.
 
+    tokens: of a sequence. batch: sequences at once. rank: of the adapters, on all matrices.
     checkpointing: whether activations are computed again. dropout: whether adapters have some.
     itemsize: bytes of an activation's number. device: whose libraries are counted.
     """
@@ -39,9 +40,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `standing` is there all the time; of `passing` some parts are there at once.
+    """Bytes by part.
 
-    total: the largest sum of what is there at once, over the three moments in `moments`.
+    standing: what is there all the time. passing: what comes and goes.
+    moments: the sums of what is there at once, at three moments of a step.
     """
 
     standing: dict[str, int]
@@ -50,6 +52,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """The largest of `moments`: the peak, in bytes."""
         return max(self.moments.values())
 
 
@@ -59,7 +62,7 @@ def knows(config: Any) -> bool:
 
 
 def estimate(config: Any, setting: Setting) -> Estimate:
-    """Counts for a model of Transformers' configuration `config`.
+    """Counts for a model of Transformers' configuration `config`, without loading any.
 
     ValueError for a family other than GPT-J, for sizes below 1, and for more tokens than the
     model's context has.

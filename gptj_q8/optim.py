@@ -114,7 +114,7 @@ class AdamW8bit(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state that `state_dict()` gave, as copies, each tensor in its own dtype.
+        """Takes over a state that state_dict() gave, as copies, each tensor in its own dtype.
 
         ValueError or TypeError where it does not fit the parameters; then nothing has changed.
         """

@@ -36,10 +36,12 @@ def from_pretrained(
     Checkpoints of the hivemind/gpt-j-6B-8bit family keep their codes, scales and tables; adapters
     in them are attached as PEFT's. For other models `import gptj_q8` and
     `AutoModel...from_pretrained` do as well.
+
     name_or_path: a directory or a Hub id; of a directory that `save_pretrained` filled with
-    adapters, the model is loaded that they were trained on, and they in the place of its own.
+        adapters, the model is loaded that they were trained on, and they in the place of its own.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
     attn_implementation: "sdpa" (which Transformers lacks for GPT-J) unless "eager" is asked for.
+
     Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
     another method has quantized, for damaged files, and for a pickle that asks to run code.
     """

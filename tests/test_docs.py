@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +23,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md"]
 
 
-def api() -> list[str]:
-    """The modules that `make docs` shows."""
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"^API := (.*)$", makefile, re.MULTILINE)
-    return line.split()
+DOCS = runpy.run_path(str(ROOT / ".ci" / "docs.py"))
+API = DOCS["MODULES"]
 
 
 def public(module: ModuleType) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def public(module: ModuleType) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", api())
+@pytest.mark.parametrize("name", API)
 def test_what_is_public_is_documented(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__
@@ -57,13 +55,39 @@ def test_what_is_public_is_documented(name: str) -> None:
 
 
 def test_the_pages_of_the_api_are_made(tmp_path: Path) -> None:
-    pdoc = pytest.importorskip("pdoc", reason="pdoc is not installed")
-    for name in gptj_q8.__all__:
-        getattr(gptj_q8, name)
-    pdoc.pdoc(*api(), output_directory=tmp_path)
+    pytest.importorskip("pdoc", reason="pdoc is not installed")
+    DOCS["write"](tmp_path)
     page = (tmp_path / "gptj_q8.html").read_text()
     for name in set(gptj_q8.__all__) - {"demo", "doctor", "evaluate", "ops", "optim"}:
         assert f'id="{name}"' in page, name
+    pages = {
+        str(path.relative_to(tmp_path).with_suffix("")).replace("/", ".")
+        for path in tmp_path.rglob("*.html")
+    } - {"index"}
+    named = {"gptj_q8.demo", "gptj_q8.doctor", "gptj_q8.evaluate", "gptj_q8.ops", "gptj_q8.optim"}
+    assert pages == {*API, *named}
+    # The first page leads to all others.
+    links = set(re.findall(r'href="([\w./]+)\.html', page))
+    assert {name.replace(".", "/") for name in pages} - {"gptj_q8"} <= links
+    for path in tmp_path.rglob("*.html"):
+        # Of private bases pdoc makes links to nowhere.
+        for link, anchor in re.findall(r'href="([^"#:]*)(?:#([^_":][^":]*))?"', path.read_text()):
+            target = path.parent / link if link else path
+            assert target.exists(), (path.name, link)
+            assert not anchor or f'id="{anchor}"' in target.read_text(), (path.name, link, anchor)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "markdown"),
+    [
+        ("Sums.\n\nx, y: of one\n    shape. dtype: None\nfor theirs.",
+         "Sums.\n\n- `x, y`: of one\n    shape.\n- `dtype`: None\nfor theirs."),
+        ("Sums.\ntold(done, total): as it goes.", "Sums.\n\n- `told(done, total)`: as it goes."),
+        ("A block: of code.\n\n    x: int = 1", "A block: of code.\n\n    x: int = 1"),
+    ],
+)  # fmt: skip
+def test_parameters_become_a_list(docstring: str, markdown: str) -> None:
+    assert DOCS["listed"](docstring) == markdown
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,8 +1,9 @@
 """Which backend serves an op: the claim rule, and `use` to force one.
 
 A backend is a module here with plain functions named as the ops (it may lack some) and
-`unavailable() -> str | None`. `<device>_table.py` lists, for a call, the backends in order of
-preference; the first that is usable and has the op serves it.
+`unavailable() -> str | None`; `gptj_q8.backends.reference`, in plain PyTorch, is the specification.
+`<device>_table.py` lists, for a call, the backends in order of preference; the first that is usable
+and has the op serves it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from gptj_q8.backends import cpu_table, cuda_table
 
 NAMES = ("cpu", "cuda", "triton", "slabs", "reference")
 """Every backend there is."""
+
+__all__ = ["NAMES", "call", "load", "preferred", "serving", "unavailable", "use"]
 
 _TABLES = {"cpu": cpu_table, "cuda": cuda_table}
 

@@ -39,6 +39,7 @@ def convert_checkpoint(
     source: a directory or a Hub id (at `revision`), with safetensors or pytorch_model.bin, sharded
         or not.
     dtype: of the tensors that stay in float and of the layers' arithmetic; None keeps the model's.
+    max_shard_size: of a weight file, in bytes or as "5GB".
     on_progress(done, total): called after each tensor, in bytes read.
 
     A checkpoint of the hivemind/gpt-j-6B-8bit family keeps its codes, scales and tables; `config`

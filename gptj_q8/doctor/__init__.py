@@ -1,8 +1,10 @@
 """What this installation can do on this machine, what it cannot, and what to do about it.
 
+```python
 report = gptj_q8.doctor.diagnose()
-report.ok       # False where something does not work, as opposed to working slowly
-report.advice   # what was found amiss, and for each what to do next
+report.ok  # False where something does not work, as opposed to working slowly
+report.advice  # what was found amiss, and for each what to do next
+```
 """
 
 from __future__ import annotations

@@ -19,8 +19,11 @@ OLDEST_CAPABILITY = 7.5  # as in the Triton backend, and the oldest that nvcc 13
 
 @dataclass(frozen=True)
 class Advice:
-    """level: "problem" (something does not work), "slower" (it works, and could be faster) or
-    "optional" (a part is missing that not everybody needs). found and do are sentences."""
+    """What was found amiss, and what to do next, a sentence each.
+
+    level: "problem" (something does not work), "slower" (it works, and could be faster) or
+        "optional" (a part is missing that not everybody needs).
+    """
 
     level: Literal["problem", "slower", "optional"]
     found: str

@@ -18,8 +18,11 @@ _PRODUCTS = ("linear", "linear_grad_input")
 
 @dataclass(frozen=True)
 class Backend:
-    """reason: why it cannot be used and what to do, None where it can. instruction_sets: of the
-    CPU, best first; the first serves."""
+    """A backend, usable here or not.
+
+    reason: why it cannot be used and what to do, None where it can.
+    instruction_sets: of the CPU, best first; the first serves.
+    """
 
     name: str
     reason: str | None
@@ -28,7 +31,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Served:
-    """backend serves op on device; rows: of x, None where it serves all."""
+    """Which backend serves an op on a device.
+
+    rows: of x, None where it serves all.
+    """
 
     op: str
     device: str

@@ -30,8 +30,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """memory_bytes: of the host, None where the system does not tell. built_for: what PyTorch was
-    built for, "CUDA 13.0", "ROCm 6.4" or "CPU". nvidia_driver: whether one is installed."""
+    """The machine, and PyTorch's view of it.
+
+    memory_bytes: of the host, None where the system does not tell.
+    built_for: what PyTorch was built for, "CUDA 13.0", "ROCm 6.4" or "CPU".
+    nvidia_driver: whether one is installed.
+    """
 
     system: str
     python: str

@@ -13,8 +13,11 @@ EXTRAS = ("train", "bench")
 
 @dataclass(frozen=True)
 class Package:
-    """wanted: the versions that serve, such as ">=5.17,<6", "" for any. installed: None if it is
-    missing. extra: the extra that asks for it, None where gptj_q8 itself does."""
+    """A package that gptj_q8 or one of its extras asks for.
+
+    wanted: the versions that serve, such as ">=5.17,<6", "" for any.
+    installed: None if it is missing. extra: the one that asks for it, None where gptj_q8 does.
+    """
 
     name: str
     wanted: str

@@ -36,8 +36,11 @@ Case = Callable[[Run, torch.device], list[Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One op of one backend. backend: with the instruction set for `cpu`, as in "cpu:avx512".
-    error: relative to the reference; failure: what was raised instead of a result."""
+    """One op of one backend, tried.
+
+    backend: with the instruction set for `cpu`, as in "cpu:avx512".
+    error: relative to the reference. failure: what was raised instead of a result.
+    """
 
     op: str
     device: str

@@ -33,10 +33,15 @@ def add_lora(
     """Freezes `model` and adds a trainable low-rank adapter to its matrices, in place, by PEFT.
 
     Each target's weight becomes W + alpha / r * B A, with A [r, inputs] random and B [outputs, r]
-    zero at first; with `rslora`, alpha / sqrt(r); with `dora`, W + ... with trained norms.
+    zero at first (Hu et al., arXiv 2106.09685).
+
+    model: Transformers' or any other; given a PeftModel, adds one more adapter, not yet active.
+    r, alpha: rank and weight of the adapter.
     targets: "all" (the matrices of each block), or names of modules as their last components, such
-    as ["all", "lm_head", "wte"]. The adapter's weights are float32 unless `options`, PEFT's for
-    `LoraConfig`, say otherwise. Given a PeftModel, adds one more adapter, not yet active.
+        as ["all", "lm_head", "wte"].
+    dropout: of the adapter's input. rslora: weighs by alpha / sqrt(r) instead. dora: the norms of
+        W + alpha / r * B A train apart from its directions.
+    options: PEFT's for `LoraConfig`. Unless they say otherwise the adapter's weights are float32.
 
     Returns the PeftModel to train; save it with its `save_pretrained`, load it with
     `PeftModel.from_pretrained`. ValueError, before anything changes, for r, alpha or dropout out of

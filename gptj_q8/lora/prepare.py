@@ -35,7 +35,7 @@ def prepare_for_finetuning(
     `scaled_dot_product_attention`, and a loss in chunks, beside which there are no `logits`.
 
     On a CPU under glibc, memory of large tensors goes back to the system when they are freed
-    (`lora.allocator`), for the whole process.
+    (`gptj_q8.lora.allocator`), for the whole process.
 
     In distributed training (DDP) the scales of 8-bit layers then stay out of the broadcast of
     buffers before each forward; the ranks must have loaded the same model.

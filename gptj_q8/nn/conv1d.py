@@ -13,8 +13,9 @@ class Q8Conv1D(Q8Linear):
     """y[..., N] = x[..., K] @ w[K, N] + bias[N]: Conv1D keeps its weight as w[K, N].
 
     The codes are those of the transposed weight, [N, K], as in every Q8Linear, so that kernels and
-    PEFT know one layout; the `weight` that this shows is [N, K] too. `to_float` gives a Conv1D with
-    its weight [K, N] again. Modules come from `from_float`, and shells for loading from `like`.
+    PEFT know one layout; the weight that this shows is [N, K] too. `to_float` gives a Conv1D with
+    its weight [K, N] again. Modules come from `gptj_q8.nn.QuantizedWeight.from_float`, and shells
+    for loading from `like`.
     """
 
     @classmethod

@@ -12,11 +12,11 @@ from gptj_q8.nn.quantized import QuantizedWeight
 
 
 class Q8Embedding(QuantizedWeight, nn.Embedding):
-    """rows[..., K] = w[ids[...]], decoding only the rows asked for, in `dtype`.
+    """rows[..., K] = w[ids[...]] in its dtype, decoding only the rows asked for.
 
-    The table is frozen, so `scale_grad_by_freq` and `sparse` have nothing to act on; they are kept
-    for code that reads them. `max_norm`, which changes the table, is refused.
-    A fresh module is an empty shell for loading; `from_float` quantizes.
+    The table is frozen, so scale_grad_by_freq and sparse have nothing to act on; they are kept for
+    code that reads them. ValueError for max_norm, which changes the table. A fresh module is an
+    empty shell for loading; `gptj_q8.nn.QuantizedWeight.from_float` quantizes one of PyTorch's.
     """
 
     float_class: type[nn.Module] = nn.Embedding
@@ -35,6 +35,7 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        """An empty shell. dtype: of its rows, None for PyTorch's default."""
         _refuse_max_norm(max_norm)
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -48,12 +49,13 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
         return super().like(module, block_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 or int32 [...] -> [..., embedding_dim]. Raises IndexError out of range."""
+        """ids int64 or int32 [...] -> rows [..., embedding_dim]. IndexError out of range."""
         return ops.embedding(
             ids, self.codes, self.absmax, self.codebook, self.block_size, self.dtype
         )
 
     def extra_repr(self) -> str:
+        """nn.Embedding's, with block_size and dtype."""
         return f"{nn.Embedding.extra_repr(self)}, block_size={self.block_size}, dtype={self.dtype}"
 
 

@@ -13,7 +13,8 @@ class Q8Linear(QuantizedWeight, nn.Linear):
     """y[..., N] = x[..., K] @ w[N, K].T + bias[N], w stored in 8 bits and decoded in the product.
 
     x is float32, bfloat16 or float16, and y has x's dtype. The weight is frozen; gradients flow
-    to x and bias. A fresh module is an empty shell for loading; `from_float` quantizes.
+    to x and bias. A fresh module is an empty shell for loading;
+    `gptj_q8.nn.QuantizedWeight.from_float` quantizes one of PyTorch's.
     """
 
     float_class: type[nn.Module] = nn.Linear
@@ -28,6 +29,7 @@ class Q8Linear(QuantizedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        """An empty shell. dtype: of bias and weight, None for PyTorch's default."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._make_parts((out_features, in_features), block_size, dtype, device)
@@ -40,4 +42,5 @@ class Q8Linear(QuantizedWeight, nn.Linear):
         return ops.linear(x, self.codes, self.absmax, self.codebook, self.bias, self.block_size)
 
     def extra_repr(self) -> str:
+        """nn.Linear's, with block_size and dtype."""
         return f"{nn.Linear.extra_repr(self)}, block_size={self.block_size}, dtype={self.dtype}"

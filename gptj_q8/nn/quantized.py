@@ -40,7 +40,8 @@ class QuantizedWeight(nn.Module):
     """A module's weight as codes, absmax and codebook; mixed in before the PyTorch module.
 
     codes: frozen uint8 Parameter [N, K]. absmax: float32 buffer [ceil(N * K / block_size)].
-    codebook: float32 buffer [256]. dtype: what `weight` decodes to.
+    codebook: float32 buffer [256]. dtype: what `weight` decodes to; `.to(dtype)`, `.half()` and
+        the like change it, and leave codes and scales alone.
     """
 
     codes: FrozenCodes
@@ -49,7 +50,7 @@ class QuantizedWeight(nn.Module):
     block_size: int
     dtype: torch.dtype
     float_class: type[nn.Module]
-    """What this stands in for, and `to_float` gives back."""
+    """What this stands in for, and to_float gives back."""
     _tied: list[QuantizedWeight]
     """The layers that share this one's weight, itself too; one list for all. Empty if alone."""
 
@@ -147,7 +148,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight, read-only, decoded when first computed with (see `LazyWeight`)."""
+        """The float weight, read-only, decoded when first computed with (`gptj_q8.nn.weight`)."""
         if torch.compiler.is_compiling():  # the compiler traces plain tensors
             return self.dequantize()
         return LazyWeight(self.dequantize, self.codes.shape, self.dtype, self.codes.device)
@@ -163,6 +164,7 @@ class QuantizedWeight(nn.Module):
         return ops.dequantize(self.codes, self.absmax, self.codebook, self.block_size, self.dtype)
 
     def reset_parameters(self) -> None:
+        """RuntimeError always: 8-bit weights cannot be initialized."""
         raise RuntimeError(f"{type(self).__name__} cannot be initialized, only loaded or quantized")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

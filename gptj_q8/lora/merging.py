@@ -38,12 +38,13 @@ def merge(
 ) -> None:
     """Writes to `output` the model with the adapter's changes in its own weights, tokenizer too.
 
-    model: a folder or Hub id, in 8 bits or float; adapter: a folder or Hub id, in PEFT's format.
+    model: a folder or Hub id, in 8 bits or float. adapter: a folder or Hub id, in PEFT's format.
     dtype: None writes an 8-bit model: each changed weight is encoded anew, with a codebook fitted
-    to it (0.6 % error at block 256); a float model takes `Q8Config()`. A float dtype writes a float
-    model, each 8-bit weight rounded once. Memory holds the model, in 8 bits if it came so, and one
-    decoded weight.
+        to it (0.6 % error at block 256); a float model takes `Q8Config()`. A float dtype writes a
+        float model, each 8-bit weight rounded once.
+    max_shard_size: of a weight file, in bytes or as "5GB". overwrite: replaces a model in `output`.
 
+    Memory holds the model, in 8 bits if it came so, and one decoded weight.
     `output` comes to be when everything is written; after any failure it is as it was.
     FileExistsError as in `convert_checkpoint`; ValueError for an adapter that does not fit the
     model, lacks tensors or has NaN, and for a model with adapters of its own.
