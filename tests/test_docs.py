@@ -71,7 +71,7 @@ def test_the_pages_of_the_api_are_made(tmp_path: Path) -> None:
     assert {name.replace(".", "/") for name in pages} - {"gptj_q8"} <= links
     for path in tmp_path.rglob("*.html"):
         # Of private bases pdoc makes links to nowhere.
-        for link, anchor in re.findall(r'href="([^"#:]*)(?:#([^_":][^":]*))?"', path.read_text()):
+        for link, anchor in re.findall(r'href="([\w./]*)(?:#([^_":][^":]*))?"', path.read_text()):
             target = path.parent / link if link else path
             assert target.exists(), (path.name, link)
             assert not anchor or f'id="{anchor}"' in target.read_text(), (path.name, link, anchor)

@@ -86,7 +86,7 @@ class QuantizedWeight(nn.Module):
         return made
 
     def to_float(self, weight: nn.Parameter) -> nn.Module:
-        """Returns the float module that this stands in for, with `weight` in that one's layout."""
+        """Returns the float module that this stands in for, with weight, in that one's layout."""
         made = self.float_class.__new__(self.float_class)
         _take_over(self, made)
         others = made._parameters.copy()
