@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from gptj_q8 import backends
 
 if TYPE_CHECKING:
     from transformers import GPTJForCausalLM
+
+    from gptj_q8.train.report import Report
 
 if backends.load("triton").interpreted():
     import interpreter
@@ -147,13 +149,20 @@ def decoded_gptj(eight_bit_gptj: GPTJForCausalLM) -> GPTJForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model() -> GPTJForCausalLM:
+def model() -> Iterator[GPTJForCausalLM]:
     """In 8 bits, with weights that make it prefer some tokens; a file's tests share and keep it."""
     from tiny import QUICK, gptj
 
     from gptj_q8.convert import quantize_
+    from gptj_q8.hf import layers
 
-    return quantize_(gptj(initializer_range=0.2), QUICK)
+    model = quantize_(gptj(initializer_range=0.2), QUICK)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield model
+    assert len(list(layers(model))) == 14, "a test above has changed the shared model"
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +191,64 @@ def source(float_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / name).write_text(f'{{"this is": "{name}"}}')
     (path / "optimizer.pt").write_text("none of ours")
     return path
+
+
+@pytest.fixture(scope="session")
+def byte_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-J in float16 whose tokens are bytes, with its tokenizer; to be read, not changed."""
+    from command_line import save_byte_gptj
+
+    return save_byte_gptj(tmp_path_factory.mktemp("bytes"), seed=0)
+
+
+@pytest.fixture(params=["load", "convert", "hivemind"])
+def read_old(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], Any]:
+    """Each way to read a checkpoint of the hivemind family; a failed conversion leaves nothing."""
+    import gptj_q8
+    from gptj_q8 import hivemind
+
+    def convert(path: Path) -> None:
+        target = tmp_path / "place" / "new"
+        target.parent.mkdir()
+        try:
+            gptj_q8.convert_checkpoint(path, target)
+        finally:
+            assert not list(target.parent.iterdir())
+
+    return {
+        "load": gptj_q8.from_pretrained,
+        "convert": convert,
+        "hivemind": hivemind.GPTJForCausalLM.from_pretrained,
+    }[request.param]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(byte_dir)
+
+
+@pytest.fixture
+def tune(byte_dir: Path, byte_tokenizer: Any, tmp_path: Path) -> Callable[..., Report]:
+    """Fine-tunes a fresh model into `out`."""
+    import finetuning
+
+    def run(**changes: Any) -> Report:
+        return finetuning.tune(byte_dir, byte_tokenizer, **{"output": tmp_path / "out", **changes})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    byte_dir: Path,
+    byte_tokenizer: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    one_thread: None,
+) -> tuple[Report, Path]:
+    """A fine-tuning that nothing disturbed, and its folder."""
+    import finetuning
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return finetuning.tune(byte_dir, byte_tokenizer, output=out, prompts=["gato y"]), out

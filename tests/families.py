@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,3 +50,17 @@ def make(class_name: str, config_name: str, options: dict[str, Any], seed: int =
 
 def family(name: str, seed: int = 0) -> Any:
     return make(*FAMILIES[name], seed)
+
+
+def load(like: Any, path: Path, **options: Any) -> Any:
+    """from_pretrained of the class of `like`, that loads everything that it should."""
+    model, info = type(like).from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    state = other.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import read_json, run, save_byte_gptj
+from command_line import read_json, run
 
 from gptj_q8.cli.finetune import say_losses
 from gptj_q8.cli.screen import open_screen
@@ -27,20 +27,17 @@ QUICK = ("--lr", "2e-2", "--epochs", 2, "--batch-size", 4, "--sequence-length", 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_gptj(tmp_path_factory.mktemp("model"), seed=0)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "pairs.txt"
     path.write_text(TEXT)
     return path
 
 
-def test_it_shows_losses_samples_and_where_to_go(model: Path, data: Path, tmp_path: Path) -> None:
+def test_it_shows_losses_samples_and_where_to_go(
+    byte_dir: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    shown = run("finetune", model, "--data", data, "-o", out, *QUICK, "--prompt", "gato y")
+    shown = run("finetune", byte_dir, "--data", data, "-o", out, *QUICK, "--prompt", "gato y")
     assert shown.exit_code == 0, shown.output
     for part in ("held-out tokens", "perplexity", "Before:\ngato y", "After:\ngato y", "loss.png"):
         assert part in shown.stdout
@@ -68,14 +65,14 @@ def test_it_tells_where_the_held_out_loss_was_lowest(capsys: pytest.CaptureFixtu
         assert ("lowest, 2.000, after step 4 of 8" in capsys.readouterr().err) is told
 
 
-def test_evaluate_agrees_that_the_adapter_helps(model: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_agrees_that_the_adapter_helps(byte_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = read_json(run("finetune", model, "--data", data, "-o", out, *QUICK, "--json"))
+    made = read_json(run("finetune", byte_dir, "--data", data, "-o", out, *QUICK, "--json"))
     assert made["held_out"][-1][1] < 0.9 * made["held_out"][0][1]
     assert made["adapter"] == str(out)
     assert {"before", "after", "prompt"} == set(made["samples"][0])
-    plain = read_json(run("evaluate", model, "--data", data, "--json"))
-    tuned = read_json(run("evaluate", model, "--data", data, "--adapter", out, "--json"))
+    plain = read_json(run("evaluate", byte_dir, "--data", data, "--json"))
+    tuned = read_json(run("evaluate", byte_dir, "--data", data, "--adapter", out, "--json"))
     assert tuned["perplexity"]["value"] < 0.8 * plain["perplexity"]["value"]
     assert (plain["adapter"], tuned["adapter"]) == (None, str(out))
 
@@ -83,21 +80,21 @@ def test_evaluate_agrees_that_the_adapter_helps(model: Path, data: Path, tmp_pat
 @pytest.mark.parametrize("stored", ["float", "8bit"])
 @pytest.mark.parametrize("form", ["8bit", "float16", "float32"])
 def test_a_merged_model_answers_as_the_adapter_did(
-    model: Path, data: Path, tmp_path: Path, stored: str, form: str
+    byte_dir: Path, data: Path, tmp_path: Path, stored: str, form: str
 ) -> None:
     if stored == "8bit":
-        assert run("convert", model, tmp_path / "8bit").exit_code == 0
-        model = tmp_path / "8bit"
+        assert run("convert", byte_dir, tmp_path / "8bit").exit_code == 0
+        byte_dir = tmp_path / "8bit"
     out, merged = tmp_path / "out", tmp_path / "merged"
     settings = (*QUICK[:2], *QUICK[4:], "--max-steps", 8)
-    made = run("finetune", model, "--data", data, "-o", out, *settings)
+    made = run("finetune", byte_dir, "--data", data, "-o", out, *settings)
     assert made.exit_code == 0, made.output
-    told = read_json(run("merge", model, out, "-o", merged, "--to", form, "--json"))
+    told = read_json(run("merge", byte_dir, out, "-o", merged, "--to", form, "--json"))
     assert (told["form"], told["output"]) == (form, str(merged))
     assert not (merged / "adapter_config.json").exists()
     measured = [
         read_json(run("evaluate", *arguments, "--data", data, "--json"))["perplexity"]["nll"]
-        for arguments in ((model, "--adapter", out), (merged,), (model,))
+        for arguments in ((byte_dir, "--adapter", out), (merged,), (byte_dir,))
     ]
     with_adapter, in_weights, without = measured
     # Rounding to 8 bits moves a weight by 0.6 %, to float16 by 0.03 %.
@@ -106,16 +103,16 @@ def test_a_merged_model_answers_as_the_adapter_did(
     assert abs(without - with_adapter) > 10 * within * with_adapter
     stored_as = json.loads((merged / "config.json").read_text())
     assert ("quantization_config" in stored_as) == (form == "8bit")
-    again = run("merge", model, out, "-o", merged)
+    again = run("merge", byte_dir, out, "-o", merged)
     assert again.exit_code == 1
     assert "is not empty; overwrite it (--overwrite)" in again.stderr
 
 
 def test_ctrl_c_saves_and_the_command_it_prints_goes_on(
-    model: Path, data: Path, tmp_path: Path
+    byte_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a folder"
-    arguments = ["finetune", model, "--data", data, "-o", out, *QUICK, "--dropout", 0.1]
+    arguments = ["finetune", byte_dir, "--data", data, "-o", out, *QUICK, "--dropout", 0.1]
     command = [sys.executable, "-m", "gptj_q8", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -139,26 +136,32 @@ def test_ctrl_c_saves_and_the_command_it_prints_goes_on(
     assert resumed["samples"] == other["samples"]
 
 
-def test_bad_input_is_one_sentence_and_exit_1(model: Path, data: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_and_exit_1(byte_dir: Path, data: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "p" * 60, "completion": "c" * 9}) + "\n")
     small = tmp_path / "small"
     small.mkdir()
-    for path in model.iterdir():
+    for path in byte_dir.iterdir():
         (small / path.name).write_bytes(path.read_bytes())
     out = tmp_path / "out"
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((model, "--data", empty), "is empty: there is nothing to learn in it"),
-        ((model, "--data", tmp_path / "absent.txt"), "there is no file or folder"),
-        ((model, "--data", data, "--rank", 0), "rank must be at least 1, got 0"),
-        ((model, "--data", data, "--target", "nowhere"), "nowhere"),
-        ((model, "--data", data, "--sequence-length", 65), "beyond the model's context of 64"),
-        ((model, "--data", long, "--held-out", 0), "line 1: prompt and completion are 70 tokens"),
-        ((model, "--data", data, "--tokenizer", "demo"), "beyond the model's vocabulary of 257"),
-        ((model, "--data", data, "--dtype", "float16", "--device", "cpu"), "float16 trains on a"),
-        ((model, "--data", data, "--resume"), "holds no run to resume"),
+        ((byte_dir, "--data", empty), "is empty: there is nothing to learn in it"),
+        ((byte_dir, "--data", tmp_path / "absent.txt"), "there is no file or folder"),
+        ((byte_dir, "--data", data, "--rank", 0), "rank must be at least 1, got 0"),
+        ((byte_dir, "--data", data, "--target", "nowhere"), "nowhere"),
+        ((byte_dir, "--data", data, "--sequence-length", 65), "beyond the model's context of 64"),
+        (
+            (byte_dir, "--data", long, "--held-out", 0),
+            "line 1: prompt and completion are 70 tokens",
+        ),
+        ((byte_dir, "--data", data, "--tokenizer", "demo"), "beyond the model's vocabulary of 257"),
+        (
+            (byte_dir, "--data", data, "--dtype", "float16", "--device", "cpu"),
+            "float16 trains on a",
+        ),
+        ((byte_dir, "--data", data, "--resume"), "holds no run to resume"),
     ]
     for arguments, expected in cases:
         result = run("finetune", *arguments, "-o", out)
@@ -171,26 +174,28 @@ def test_bad_input_is_one_sentence_and_exit_1(model: Path, data: Path, tmp_path:
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, 1), ("2", 2)])
 def test_a_small_model_takes_one_thread_unless_told(
-    asked: str | None, threads: int, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str | None, threads: int, byte_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     torch.set_num_threads(2)
-    assert run("finetune", model, "--data", data, "-o", "x", "--target", "nowhere").exit_code == 1
+    assert (
+        run("finetune", byte_dir, "--data", data, "-o", "x", "--target", "nowhere").exit_code == 1
+    )
     assert torch.get_num_threads() == threads
 
 
-def test_an_adapter_is_told_from_a_model(model: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_told_from_a_model(byte_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (stopped / "run.json").write_text("{}")
     cases: list[tuple[tuple[object, ...], str]] = [
         ((tmp_path, "x"), "holds an adapter: name its model, and it with --adapter"),
-        ((model, "x", "--adapter", model), "holds no adapter: it has no adapter_config.json"),
-        ((model, "x", "--adapter", stopped), "holds a run that has not ended: go on with it"),
-        ((model, "x", "--adapter", tmp_path / "no"), "is no folder with an adapter_config.json"),
+        ((byte_dir, "x", "--adapter", byte_dir), "holds no adapter: it has no adapter_config.json"),
+        ((byte_dir, "x", "--adapter", stopped), "holds a run that has not ended: go on with it"),
+        ((byte_dir, "x", "--adapter", tmp_path / "no"), "is no folder with an adapter_config.json"),
     ]
     for arguments, expected in cases:
         result = run("generate", *arguments)

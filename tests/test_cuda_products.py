@@ -120,7 +120,6 @@ def test_infinities_and_nans_stay_in_their_row(m: int, k: int, dtype: torch.dtyp
 
 FILES = ("linear", "tensor", "grad_tensor", "product_plain", "results", "levels")
 
-
 # What reaches every barrier and wait of the products: GPU, M, N, K, dtype.
 BITING = [
     (H100, 1, 300, 4096, torch.float32),  # several chunks of rows to a block

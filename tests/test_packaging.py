@@ -23,11 +23,19 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-HELPERS = ["cases.py", "conftest.py", "cuda_emulation.py", "interpreter.py", "tiny.py"]
+HELPERS = [
+    "cases.py",
+    "conftest.py",
+    "cuda_emulation.py",
+    "interpreter.py",
+    "modules.py",
+    "tiny.py",
+]
 NO_COMPILER = {"PATH": "", "CXX": "", "CUDA_HOME": "/nowhere"}
 MATRIX = sorted(path.name for path in (ROOT / "tests").glob("test_ops_*.py"))
+MODULES = ["test_nn.py", "test_nn_weight.py"]
 # The tests of what needs no kernel of ours.
-PURE = ["test_convert.py", "test_nn.py", "test_codebooks.py"]
+PURE = ["test_convert.py", *MODULES, "test_codebooks.py", "test_codebooks_fit.py"]
 
 
 class Environment:
@@ -165,7 +173,7 @@ def test_the_wheel_works_without_a_compiler(
     assert {entry["backend"] for entry in report["served"] if entry["device"] == "cpu"} == {"cpu"}
     assert not [item for item in report["advice"] if item["level"] != "optional"]
     assert {package["name"] for package in report["packages"]} >= {"torch", "transformers"}
-    passed = env.test(["test_nn.py", *MATRIX], "-k", "cpu or nn", **NO_COMPILER)
+    passed = env.test([*MODULES, *MATRIX], "-k", "cpu or nn", **NO_COMPILER)
     assert " passed" in passed
     for command in ("generate demo En -n 3", "bench --tiny"):
         done = env.python("-m", "gptj_q8", *command.split())

@@ -25,6 +25,7 @@ IDS = torch.arange(12)[None]
 LONG = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 SHORT = torch.tensor([[20, 21, 22]])
 SIZES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
 
