@@ -49,8 +49,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from gptj_q8.lora import add_lora as add_lora
     from gptj_q8.lora import prepare_for_finetuning as prepare_for_finetuning
     from gptj_q8.lora.merging import merge as merge
+    from gptj_q8.models.gptj_attention import set_attn_implementation as set_attn_implementation
     from gptj_q8.models.gptj_modules import save_memory as save_memory
-    from gptj_q8.models.gptj_modules import set_attn_implementation as set_attn_implementation
     from gptj_q8.models.gptj_modules import set_chunked_loss as set_chunked_loss
     from gptj_q8.nn import Q8Embedding as Q8Embedding
     from gptj_q8.nn import Q8Linear as Q8Linear
@@ -73,7 +73,7 @@ _HOMES = {
     "prepare_for_finetuning": "gptj_q8.lora",
     "quantize_": "gptj_q8.convert",
     "save_memory": "gptj_q8.models.gptj_modules",
-    "set_attn_implementation": "gptj_q8.models.gptj_modules",
+    "set_attn_implementation": "gptj_q8.models.gptj_attention",
     "set_chunked_loss": "gptj_q8.models.gptj_modules",
 }
 _MODULES = ("backends", "codebooks", "demo", "doctor", "evaluate", "ops", "optim")

@@ -9,7 +9,7 @@ from gptj_q8.checkpoint import old, stored
 from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.source import faults_named, local_directory, refuse_unsafe
 from gptj_q8.config import QUANT_METHOD, Q8Config
-from gptj_q8.models import own_sdpa
+from gptj_q8.models import sdpa_of
 
 # What from_pretrained must know to find config.json.
 _HUB_ARGUMENTS = (
@@ -40,7 +40,8 @@ def from_pretrained(
     name_or_path: a directory or a Hub id; of a directory that `save_pretrained` filled with
         adapters, the model is loaded that they were trained on, and they in the place of its own.
     quantization_config: how to quantize a float model; None means `Q8Config()`.
-    attn_implementation: "sdpa" (which Transformers lacks for GPT-J) unless "eager" is asked for.
+    attn_implementation: "sdpa", which Transformers before 5.24 lacks for GPT-J, unless "eager" is
+        asked for.
 
     Other arguments are those of `AutoModelForCausalLM.from_pretrained`. ValueError for a model that
     another method has quantized, for damaged files, and for a pickle that asks to run code.
@@ -67,7 +68,7 @@ def from_pretrained(
     attention = kwargs.get("attn_implementation", config._attn_implementation)
     wants_weights = kwargs.get("output_attentions", config.output_attentions)
     if attention == "sdpa" or (attention is None and not wants_weights):
-        kwargs["attn_implementation"] = own_sdpa(config.model_type) or attention
+        kwargs["attn_implementation"] = sdpa_of(config.model_type) or attention
     with faults_named(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, *model_args, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,23 +15,30 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, StaticCache
 
 import gptj_q8
-from gptj_q8.models.gptj_modules import SdpaAttention, fuse_gelu
+from gptj_q8.models.gptj_attention import SDPA, THEIR_OWN
+from gptj_q8.models.gptj_modules import fuse_gelu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(**changes: object) -> tuple[GPTJForCausalLM, GPTJForCausalLM]:
     """The same model with eager attention and with ours."""
-    eager = gptj(initializer_range=0.2, **changes)
+    eager = gptj(initializer_range=0.2, attn_implementation="eager", **changes)
     ours = copy.deepcopy(eager)
     gptj_q8.set_attn_implementation(ours, "sdpa")
     return eager, ours
 
 
+def attentions(model: nn.Module) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith(".attn")]
+
+
 def attend(model: GPTJForCausalLM, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the first block's attention makes of hidden [B, T, K]."""
-    positions = torch.arange(hidden.shape[1])[None]
-    output, _ = model.transformer.h[0].attn(hidden, attention_mask=mask, position_ids=positions)
+    where: Any = {"position_ids": torch.arange(hidden.shape[1])[None]}
+    if THEIR_OWN:
+        where = {"position_embeddings": model.transformer.rotary_emb(hidden, **where)}
+    output, _ = attentions(model)[0](hidden, attention_mask=mask, **where)
     return output
 
 
@@ -60,26 +68,37 @@ def test_error_is_at_most_twice_eagers(dtype: torch.dtype, length: int, rotary_d
         output = attend(model.to(dtype), x, mask)
         return [output, *torch.autograd.grad(output, x, upstream.to(dtype))]
 
-    # `double` rounds the weights of no dtype, but `to(dtype)` must come first for both.
     theirs = run(eager.to(dtype), dtype, additive(mask, dtype))
     mine = run(ours.to(dtype), dtype, None)
-    truths = run(_exact(eager), torch.float64, additive(mask, torch.float64))
+    x = hidden.double().requires_grad_()
+    output = exact(attentions(eager)[0], x, dtype, rotary_dim)
+    truths = [output, *torch.autograd.grad(output, x, upstream.double())]
     for my, their, truth in zip(mine, theirs, truths, strict=True):
         assert relative_error(my, truth) <= 2 * relative_error(their, truth)
 
 
-def _exact(model: GPTJForCausalLM) -> GPTJForCausalLM:
-    """A copy whose eager attention computes its scores in float64, not in float32."""
-    model = copy.deepcopy(model).double()
+def exact(attention: Any, hidden: Tensor, dtype: torch.dtype, rotary_dim: int) -> Tensor:
+    """GPT-J's causal attention of 4 heads in float64, with sines and cosines rounded to dtype.
 
-    def attend_exactly(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor
-    ) -> tuple[Tensor, None]:
-        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + mask
-        return scores.softmax(-1) @ value, None
+    Neighbouring elements of a query or key are turned as one complex number (RoFormer, eq. 34).
+    """
+    angles = torch.arange(hidden.shape[1])[:, None] / 10000 ** (
+        torch.arange(0, rotary_dim, 2) / rotary_dim
+    )
+    turns = torch.complex(*(f(angles).to(dtype).double() for f in (torch.cos, torch.sin)))
 
-    model.transformer.h[0].attn._attn = attend_exactly
-    return model
+    def project(layer: nn.Linear, turned: bool) -> Tensor:
+        x = (hidden @ layer.weight.double().T).unflatten(-1, (4, -1)).transpose(1, 2)
+        if not turned:
+            return x
+        pairs = torch.view_as_complex(x[..., :rotary_dim].unflatten(-1, (-1, 2)))
+        return torch.cat([torch.view_as_real(pairs * turns).flatten(-2), x[..., rotary_dim:]], -1)
+
+    query, key = project(attention.q_proj, True), project(attention.k_proj, True)
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.masked_fill(~causal(hidden.shape[1]), -torch.inf).softmax(-1)
+    output = (weights @ project(attention.v_proj, False)).transpose(1, 2).flatten(-2)
+    return output @ attention.out_proj.weight.double().T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,13 +125,16 @@ def test_no_mask_is_made_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for a batch without padding nor for one whose attention_mask is all ones."""
     _, ours = pair()
     given = []
-    monkeypatch.setattr(
-        SdpaAttention, "_attn", lambda self, q, k, v, mask=None: (given.append(mask), (v, None))[1]
-    )
+
+    def attends(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        given.append((how["attn_mask"], how["is_causal"]))
+        return v
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attends)
     ours.train()
     for mask in (None, torch.ones_like(IDS)):
         ours(IDS, attention_mask=mask, labels=IDS, use_cache=False)
-    assert given == [None] * 4
+    assert given == [(None, True)] * 4
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -188,10 +210,15 @@ def test_compiles_into_one_graph() -> None:
             )
 
 
+@pytest.mark.skipif(THEIR_OWN, reason="Transformers' own attention warns, and gives none")
 def test_attention_weights_are_refused() -> None:
     _, ours = pair()
     with pytest.raises(ValueError, match=r'set_attn_implementation\(model, "eager"\)'):
         ours(IDS, output_attentions=True)
+
+
+def test_attention_weights_come_from_eager() -> None:
+    _, ours = pair()
     gptj_q8.set_attn_implementation(ours, "eager")
     assert ours(IDS, output_attentions=True).attentions[0].shape == (1, 4, 12, 12)
 
@@ -200,18 +227,21 @@ def test_attention_weights_are_refused() -> None:
 
 
 def kind(model: nn.Module) -> set[str]:
-    return {
-        type(module).__name__ for name, module in model.named_modules() if name.endswith(".attn")
-    }
+    """What its attentions are configured as and, where a class tells it, what they are."""
+    found = {module.config._attn_implementation for module in attentions(model)}
+    if not THEIR_OWN:
+        classes = {"GPTJAttention": "eager", "SdpaAttention": SDPA}
+        assert found == {classes[type(module).__name__] for module in attentions(model)}
+    return found
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, "SdpaAttention"),
-        ({"attn_implementation": "sdpa"}, "SdpaAttention"),
-        ({"attn_implementation": "eager"}, "GPTJAttention"),
-        ({"output_attentions": True}, "GPTJAttention"),
+        ({}, SDPA),
+        ({"attn_implementation": "sdpa"}, SDPA),
+        ({"attn_implementation": "eager"}, "eager"),
+        ({"output_attentions": True}, "eager"),
     ],
 )
 def test_our_loader_takes_sdpa_unless_asked(
@@ -224,14 +254,16 @@ def test_our_loader_takes_sdpa_unless_asked(
 
 def test_transformers_own_models_stay_as_they_are(float_dir: Path, tmp_path: Path) -> None:
     """Neither their default nor their refusal changes, and what we save they load."""
+    default = "sdpa" if THEIR_OWN else "eager"
     model = gptj_q8.from_pretrained(float_dir)
-    assert kind(AutoModelForCausalLM.from_pretrained(float_dir)) == {"GPTJAttention"}
-    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
-        AutoModelForCausalLM.from_pretrained(float_dir, attn_implementation="sdpa")
+    assert kind(AutoModelForCausalLM.from_pretrained(float_dir)) == {default}
+    if not THEIR_OWN:
+        with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            AutoModelForCausalLM.from_pretrained(float_dir, attn_implementation="sdpa")
     model.save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text().replace("attn_pdrop", "")
-    assert kind(AutoModelForCausalLM.from_pretrained(tmp_path)) == {"GPTJAttention"}
-    assert kind(GPTJForCausalLM(model.config)) == {"SdpaAttention"}, "as its configuration says"
+    assert kind(AutoModelForCausalLM.from_pretrained(tmp_path)) == {default}
+    assert kind(GPTJForCausalLM(model.config)) == {SDPA}, "as its configuration says"
 
 
 def test_switches_under_peft_and_back() -> None:
@@ -239,10 +271,10 @@ def test_switches_under_peft_and_back() -> None:
     before = logits(eager)
     wrapped = get_peft_model(eager, LoraConfig(r=2, target_modules=["q_proj"]))
     gptj_q8.set_attn_implementation(wrapped, "sdpa")
-    assert kind(wrapped) == {"SdpaAttention"}
+    assert kind(wrapped) == {SDPA}
     torch.testing.assert_close(logits(wrapped), before)
     gptj_q8.set_attn_implementation(wrapped, "eager")
-    assert kind(wrapped) == {"GPTJAttention"}
+    assert kind(wrapped) == {"eager"}
     assert torch.equal(logits(wrapped), before)
 
 
@@ -251,7 +283,7 @@ def test_switching_other_models_is_transformers_own() -> None:
     gptj_q8.set_attn_implementation(model, "eager")
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="flex"):
-        gptj_q8.set_attn_implementation(gptj(), "flex_attention")
+        gptj_q8.set_attn_implementation(gptj(), "flexible")
 
 
 # The MLP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJForCausalLM, Trainer, TrainingArguments
 
 import gptj_q8
-from gptj_q8.models.gptj_modules import LossOutput, SdpaAttention
+from gptj_q8.models.gptj_attention import SDPA
+from gptj_q8.models.gptj_modules import CACHE, LossOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +51,7 @@ def test_save_memory_does_all_three_and_leaves_other_models(tmp_path: Path) -> N
     torch.testing.assert_close(output.loss, whole(IDS, labels=IDS).loss)
     assert isinstance(output, LossOutput)
     assert type(lean.transformer.h[0].mlp.act) is torch.nn.GELU
-    assert lean.config._attn_implementation == "gptj_q8"
+    assert lean.config._attn_implementation == SDPA
     assert not gptj_q8.save_memory(gpt2())
 
 
@@ -58,7 +60,7 @@ def test_prepare_for_finetuning_applies_them() -> None:
     model = gptj_q8.prepare_for_finetuning(gptj_q8.add_lora(copy.deepcopy(whole)), verbose=False)
     output = model(IDS, labels=IDS)
     assert isinstance(output, LossOutput)
-    assert {type(block.attn) for block in model.base_model.model.transformer.h} == {SdpaAttention}
+    assert model.config._attn_implementation == SDPA
     torch.testing.assert_close(output.loss, whole(IDS, labels=IDS).loss)
 
 
@@ -79,6 +81,33 @@ def test_logits_are_missed_loudly_and_come_without_labels() -> None:
         chunks(IDS, labels=IDS, label_smoothing=0.1)
     gptj_q8.set_chunked_loss(chunks, False)
     assert torch.equal(chunks(IDS, labels=IDS).logits, whole(IDS).logits)
+
+
+def test_takes_what_transformers_takes_by_place_and_by_name() -> None:
+    whole, chunks = pair()
+    assert inspect.signature(chunks.forward) == inspect.signature(whole.forward)
+    by_place = (IDS, None, torch.ones_like(IDS), None, None, None, IDS)
+    torch.testing.assert_close(chunks(*by_place).loss, whole(*by_place).loss)
+    with pytest.raises(TypeError, match="labels"):
+        chunks(*by_place, labels=IDS)
+    first, last = IDS.split([7, 5], 1)
+    for name in {CACHE, "past_key_values"}:  # Transformers 5.24 takes both
+        past = [model(first)[CACHE] for model in (whole, chunks)]
+        one, two = (
+            model(last, labels=last, output_hidden_states=True, **{name: cache})
+            for model, cache in zip((whole, chunks), past, strict=True)
+        )
+        torch.testing.assert_close(two.loss, one.loss)
+        assert two[CACHE] is past[1]
+        assert two[CACHE].get_seq_length() == 12
+        assert all(map(torch.equal, two.hidden_states, one.hidden_states))
+
+
+def test_without_labels_it_compiles_into_one_graph() -> None:
+    whole, chunks = pair()
+    compiled = torch.compile(chunks, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, whole(IDS).logits)
 
 
 def test_a_loss_of_the_users_own_is_used() -> None:

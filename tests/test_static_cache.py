@@ -176,7 +176,7 @@ def fake_step(model: GPTJForCausalLM, step: Any) -> torch.Tensor:
 
 
 def index(tensor: torch.Tensor, where: Any) -> torch.Tensor:
-    """tensor[where] for slices, None and whole numbers.
+    """tensor[where] for slices, None, whole numbers and a tensor of them.
 
     PyTorch's own asks CUDA for the device first, even for fake tensors and where there is no CUDA.
     """
@@ -188,6 +188,9 @@ def index(tensor: torch.Tensor, where: Any) -> torch.Tensor:
     for part in where:
         if part is None:
             tensor = tensor.unsqueeze(dim)
+        elif isinstance(part, torch.Tensor):
+            tensor = torch.ops.aten.index(tensor, [*[None] * dim, part])
+            dim += part.dim() - 1
         elif isinstance(part, int):
             tensor, dim = tensor.select(dim, part), dim - 1
         else:

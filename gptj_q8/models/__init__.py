@@ -14,16 +14,16 @@ LEFTOVERS = (
 )
 
 
-def own_sdpa(model_type: str) -> str | None:
-    """The name, known to Transformers after this, of our scaled-dot-product attention.
+def sdpa_of(model_type: str) -> str | None:
+    """What configurations call scaled-dot-product attention for GPT-J, known to Transformers then.
 
-    None for a family that needs none of ours, having Transformers' own under the name `sdpa`.
+    None for other families, which have what Transformers chooses.
     """
     if model_type != GPTJ.model_type:
         return None
-    from gptj_q8.models.gptj_modules import ATTENTION
+    from gptj_q8.models.gptj_attention import SDPA
 
-    return ATTENTION
+    return SDPA
 
 
-__all__ = ["LEFTOVERS", "RULES", "Rule", "own_sdpa"]
+__all__ = ["LEFTOVERS", "RULES", "Rule", "sdpa_of"]
