@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from modules import decodes, embedding, linear
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from gptj_q8 import Q8Embedding, Q8Linear
 from gptj_q8.nn.quantized import FrozenCodes
@@ -74,6 +75,37 @@ def test_a_bad_weight_is_refused() -> None:
         Q8Linear(4, 4, block_size=100)
     with pytest.raises(TypeError, match="Q8Linear: dtype must be float32 or"):
         Q8Linear(4, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        (Q8Linear, nn.Embedding(8, 8)),
+        (Q8Linear, nn.LayerNorm(8)),
+        (Q8Linear, nn.Conv2d(8, 8, 3)),
+        (Q8Linear, nn.ReLU()),
+        (Q8Linear, Q8Linear(8, 8)),
+        (Q8Linear, parametrizations.weight_norm(nn.Linear(8, 8))),
+        (Q8Embedding, nn.Linear(8, 8)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
+)
+def test_a_module_of_another_kind_is_refused(kind: Any, module: nn.Module) -> None:
+    message = (
+        rf"{kind.__name__}: must be made of an nn\.\w+ whose .* got a \w*{type(module).__name__}"
+    )
+    with pytest.raises(TypeError, match=message):
+        kind.from_float(module)
+
+
+@pytest.mark.parametrize("keep", [COPIES["deepcopy"], COPIES["pickle"]], ids=["deepcopy", "pickle"])
+def test_copies_of_tied_layers_are_tied(keep: Any) -> None:
+    model = nn.Sequential(linear()[1], linear()[1])
+    model[1].tie(model[0])
+    copied = keep(model)
+    assert copied[0].codes is copied[1].codes
+    assert isinstance(copied[0].codes, FrozenCodes)
+    assert len(list(copied.parameters())) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("make", [linear, embedding])
@@ -169,6 +201,13 @@ def test_bad_state_dicts_are_refused(key: str, change: Any, message: str) -> Non
     stored[key] = change(stored[key])
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(stored)
+
+
+def test_a_float_state_dict_is_refused() -> None:
+    float_module, module = linear()
+    message = "0: weight is float32 and this layer is in 8 bits; load it into the float model"
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(module).load_state_dict(nn.Sequential(float_module).state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

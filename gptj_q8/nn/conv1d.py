@@ -18,6 +18,8 @@ class Q8Conv1D(Q8Linear):
     for loading from `like`.
     """
 
+    float_class = nn.Module  # Conv1D, which is not imported for this
+
     @classmethod
     def like(cls, module: Any, block_size: int = 256) -> Self:
         shell = super().like(module, block_size)

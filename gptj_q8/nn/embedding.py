@@ -45,8 +45,9 @@ class Q8Embedding(QuantizedWeight, nn.Embedding):
 
     @classmethod
     def like(cls, module: nn.Module, block_size: int = 256) -> Self:
-        _refuse_max_norm(module.max_norm)
-        return super().like(module, block_size)
+        shell = super().like(module, block_size)
+        _refuse_max_norm(shell.max_norm)
+        return shell
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 or int32 [...] -> rows [..., embedding_dim]. IndexError out of range."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,14 @@ class QuantizedWeight(nn.Module):
         """An empty shell on the meta device that stands in for `module`.
 
         All but the weight is that of `module`: its bias (the very Parameter), options and hooks.
+        TypeError for a module of another kind, or whose weight is no Parameter [N, K].
         """
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = module._parameters.get("weight")
+        if not isinstance(module, cls.float_class) or weight is None or weight.dim() != 2:
+            raise TypeError(
+                f"{cls.__name__}: must be made of an nn.{cls.float_class.__name__} whose weight is "
+                f"a Parameter of 2 dimensions, got a {type(module).__name__}"
+            )
         shell = cls.__new__(cls)
         _take_over(module, shell)
         others = shell._parameters.copy()
@@ -78,11 +83,10 @@ class QuantizedWeight(nn.Module):
     def from_float(cls, module: nn.Module, codebook: str = "fitted", block_size: int = 256) -> Self:
         """Quantizes a module; all but its weight is kept (see `like`).
 
-        Raises ValueError for NaN or Inf in the weight, TypeError for another dtype.
+        Raises ValueError for NaN or Inf in the weight, TypeError for another dtype, and as `like`.
         """
         made = cls.like(module, block_size)
-        assert isinstance(module.weight, Tensor)
-        made._quantize_parts(cls.turn(module.weight.detach()), codebook)
+        made._quantize_parts(cls.turn(module.get_parameter("weight").detach()), codebook)
         return made
 
     def to_float(self, weight: nn.Parameter) -> nn.Module:
@@ -155,6 +159,9 @@ class QuantizedWeight(nn.Module):
 
     @weight.setter
     def weight(self, value: Any) -> None:
+        self._refuse_a_weight()
+
+    def _refuse_a_weight(self) -> NoReturn:
         raise AttributeError(
             f"{type(self).__name__}.weight is read-only; build a new module with from_float instead"
         )
@@ -169,10 +176,12 @@ class QuantizedWeight(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Keeps codes frozen for those who rebuild parameters, as loaders and pickle do."""
-        if name == "codes" and param is not None and not isinstance(param, FrozenCodes):
-            marks = param.__dict__  # such as a loader's "is initialized"
-            param = FrozenCodes(param.data, requires_grad=False)
-            param.__dict__.update(marks)
+        if name == "weight":
+            self._refuse_a_weight()
+        if name == "codes" and type(param) is nn.Parameter:
+            # No new object: it may have a loader's marks, and tied layers that were pickled have
+            # one in common.
+            param.__class__ = FrozenCodes
         replaced = name == "codes" and self._parameters.get(name) is not param
         super().register_parameter(name, param)
         for layer in self._tied if replaced else ():
@@ -203,19 +212,26 @@ class QuantizedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Also takes the seed's names, and refuses values that cannot be right."""
+        name = prefix.rstrip(".") or type(self).__name__
         weight = state_dict.get(prefix + "weight")
         if prefix + "codes" not in state_dict and weight is not None:
+            if weight.is_floating_point():
+                error_msgs.append(
+                    f"{name}: weight is {str(weight.dtype).removeprefix('torch.')} and this layer "
+                    "is in 8 bits; load it into the float model and quantize_ that"
+                )
+                return
             _rename_old_parts(state_dict, prefix)
         elif weight is not None and weight.numel() == 0:
             del state_dict[prefix + "weight"]  # stored to warn those who do not know codes
         try:
-            check_stored_parts(prefix.rstrip(".") or type(self).__name__, state_dict, prefix)
+            check_stored_parts(name, state_dict, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
-        for name in ("absmax", "codebook"):  # the seed's may be float16
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name].float()
+        for part in ("absmax", "codebook"):  # the seed's may be float16
+            if prefix + part in state_dict:
+                state_dict[prefix + part] = state_dict[prefix + part].float()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
