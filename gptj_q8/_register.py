@@ -20,7 +20,7 @@ _WAITING = {
     "torch": ("gptj_q8.ops", "torch.ops.gptj_q8 will be empty"),
     "transformers.quantizers.auto": ("gptj_q8.hf", "from_pretrained will not load 8-bit models"),
     "transformers.modeling_utils": (
-        "gptj_q8.hf.wrapped",
+        "gptj_q8.hf.patches",
         "what Transformers does wrong with 8 bits will not be refused, nor cards written",
     ),
     "peft": ("gptj_q8.lora", "PEFT's adapters will not work on 8-bit layers"),

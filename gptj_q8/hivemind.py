@@ -28,7 +28,7 @@ from gptj_q8.nn.frozen import (
     check_values,
     quantize_blockise_lowmemory,
 )
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE
+from gptj_q8.nn.parts import HIVEMIND_BLOCK_SIZE
 
 __all__ = [
     "DequantizeAndLinear",

@@ -156,8 +156,8 @@ def test_methods_of_transformers_are_guarded_once_whatever_the_order(order):
     code = f"""if True:
         import {order}, importlib
         from transformers import PreTrainedModel
-        import gptj_q8.hf.wrapped
-        importlib.reload(gptj_q8.hf.wrapped)
+        import gptj_q8.hf.patches
+        importlib.reload(gptj_q8.hf.patches)
         for name in ("_load_pretrained_model", "_get_resized_embeddings"):
             method = getattr(PreTrainedModel, name)
             print(method.gptj_q8_checks.__name__, hasattr(method.__wrapped__, "gptj_q8_checks"))"""

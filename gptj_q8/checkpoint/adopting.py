@@ -10,7 +10,8 @@ from gptj_q8.checkpoint import adapters, old
 from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.config import Q8Config
 from gptj_q8.models.layers import Quantized
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, HIVEMIND_NAMES, FrozenCodes, sort_levels
+from gptj_q8.nn.parts import HIVEMIND_BLOCK_SIZE, HIVEMIND_NAMES, sort_levels
+from gptj_q8.nn.quantized import FrozenCodes
 
 
 class Adopting:

@@ -17,7 +17,7 @@ from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.checks import FLOATS
 from gptj_q8.models import LEFTOVERS
 from gptj_q8.models.layers import stand_in
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, HIVEMIND_NAMES
+from gptj_q8.nn.parts import HIVEMIND_BLOCK_SIZE, HIVEMIND_NAMES
 
 CODEBOOK = "dynamic"
 """The family's map, for config.json; each weight keeps the table that it is stored with."""

@@ -16,7 +16,7 @@ from gptj_q8.checkpoint.report import ConversionReport, LayerError, kind
 from gptj_q8.checkpoint.shards import Entry, Shard
 from gptj_q8.checkpoint.source import empty_model
 from gptj_q8.config import Q8Config
-from gptj_q8.nn.quantized import (
+from gptj_q8.nn.parts import (
     HIVEMIND_BLOCK_SIZE,
     HIVEMIND_NAMES,
     check_stored_parts,

@@ -16,7 +16,7 @@ from gptj_q8.checkpoint.shards import Entry
 from gptj_q8.config import FORMAT_VERSION, QUANT_METHOD, Q8Config
 from gptj_q8.hf.quantizing import QuantizeOnLoad, Quantizing
 from gptj_q8.models.layers import Quantized
-from gptj_q8.nn.quantized import check_stored_parts
+from gptj_q8.nn.parts import check_stored_parts
 
 
 class Q8HfQuantizer(HfQuantizer):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gptj_q8 import checks, codebooks, ops
-from gptj_q8.nn.quantized import HIVEMIND_BLOCK_SIZE, check_stored_parts, keep_dtypes
+from gptj_q8.nn.parts import HIVEMIND_BLOCK_SIZE, check_stored_parts
+from gptj_q8.nn.quantized import keep_dtypes
 
 ADAPTER_DROPOUT = 0.1
 """What the variant with dropout in its adapters had; nothing of it is stored."""
