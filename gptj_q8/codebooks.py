@@ -66,7 +66,9 @@ def linear() -> Tensor:
 def fitted(weight: Tensor, block_size: int) -> Tensor:
     """Returns the codebook with the least squared error of `weight` once decoded.
 
-    weight: any shape, floating point; returns (256,) float32 on its device. See `fit`.
+    weight: any shape, floating point. block_size: of the scales that it will have.
+
+    Returns (256,) float32 on its device. See `fit`.
     """
     counts: Tensor = torch.ops.gptj_q8.histogram(weight, block_size, HISTOGRAM_BINS)
     return fit(counts)
@@ -75,8 +77,9 @@ def fitted(weight: Tensor, block_size: int) -> Tensor:
 def fit(counts: Tensor) -> Tensor:
     """Returns the least-squares codebook of a histogram over [-1, 1].
 
-    counts: (bins,) int64, bin i holding the weight of [2i / bins - 1, 2(i + 1) / bins - 1);
-    returns (256,) float32 on its device.
+    counts: (bins,) int64, bin i holding the weight of [2i / bins - 1, 2(i + 1) / bins - 1).
+
+    Returns (256,) float32 on its device.
 
     Least squares as Lloyd ("Least squares quantization in PCM", 1982) and Max ("Quantizing for
     minimum distortion", 1960) define it, over levels that bfloat16 holds exactly and float16

@@ -39,13 +39,12 @@ class AdamW8bit(Optimizer):
     """AdamW (Loshchilov and Hutter, 2019) with both moments in 8 bits; stands in for PyTorch's.
 
     params: parameters or groups of them, float32, bfloat16 or float16, of any shape and layout.
-    Every other argument may be set for a group of its own, and changed there at any time:
+    lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr is a float or a tensor of
+        one element, as schedulers may want, and decay is decoupled, by `lr * weight_decay`.
+    min_8bit_size: tensors of fewer elements keep their moments in float32. This is read when a
+        tensor takes its first step. `float("inf")` keeps a group in float32 altogether.
 
-    - lr (a float or a tensor of one element, as schedulers may want), betas, eps, weight_decay and
-      maximize mean what they do in torch.optim.AdamW; decay is decoupled, by `lr * weight_decay`;
-    - min_8bit_size: tensors of fewer elements keep their moments in float32. This is read when a
-      tensor takes its first step. `float("inf")` keeps a group in float32 altogether.
-
+    Every argument but params may be set for a group of its own, and changed there at any time.
     All arithmetic is in float32, whatever the dtype of parameters and gradients.
 
     A gradient's element that is NaN or infinite, or whose square is infinite, leaves its parameter

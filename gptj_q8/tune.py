@@ -39,8 +39,12 @@ def tune(
 ) -> Path:
     """Times every candidate for each product, stores the winners and returns their file.
 
-    A candidate that does not compile or does not fit is passed over. Says one line a product.
-    After so many seconds no further candidate is timed; few rows, which decoding has, come first.
+    A candidate that does not compile or does not fit is passed over.
+
+    sides, rows: N, K of the matrices, and the rows of x; few rows, which decoding has, come first.
+    dtype: of x. say(line): is told of each product. measure: None times on the GPU.
+    seconds: after so many, no further candidate is timed.
+
     Raises RuntimeError where the Triton backend is unavailable.
     """
     if reason := backends.unavailable("triton"):

@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 class LayerError:
     """How far the decoded weights of one kind of layer are from the original ones.
 
-    kind: such as "attn.q_proj" or "lm_head"; tensors, weights: how many;
+    kind: such as "attn.q_proj" or "lm_head". tensors, weights: how many.
     relative_rmse: root of (sum of squared errors / sum of squared weights).
     """
 

@@ -25,7 +25,11 @@ class DequantizeAndLinear:
     def apply(
         input: Tensor, weights_quantized: Tensor, absmax: Tensor, code: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """input: float [..., in]; weights_quantized: uint8 [out, in]; bias: float [out] or None."""
+        """Returns y, float [..., out].
+
+        input: float [..., in]. weights_quantized: uint8 [out, in]. absmax: float32, one for each
+            4096 weights. code: float32 [256]. bias: float [out] or None.
+        """
         return ops.linear(input, weights_quantized, absmax, code, bias, HIVEMIND_BLOCK_SIZE)
 
 

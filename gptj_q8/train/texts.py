@@ -178,7 +178,10 @@ def hold_out(
     """Parts documents into those to learn from and those that only measure.
 
     Of a file the end is held out, from the beginning of a line on. Of records a random selection
-    is, copies of one another on the same side. share: of each kind, 0 for none.
+    is, copies of one another on the same side.
+
+    share: of each kind, 0 for none. seed: of the selection.
+
     ValueError where there are too few to part.
     """
     if share == 0:
