@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import gptj, load
 
-from gptj_q8 import Q8Config, from_pretrained, quantize_
+from gptj_q8 import Q8Config, add_lora, from_pretrained, merge, quantize_
 from gptj_q8.checkpoint import card, convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +82,54 @@ def test_a_hub_id_is_named_as_the_base() -> None:
     assert front_matter(text)["base_model_relation"] == "quantized"
     assert "# EleutherAI/gpt-j-6b in 8 bits" in text
     assert "8.125 bits per weight" in text
+
+
+def test_what_the_originals_card_says_holds_for_the_copy(source: Path, tmp_path: Path) -> None:
+    """Licence, language and task; nothing that speaks of the original alone."""
+    original = tmp_path / "original"
+    shutil.copytree(source, original)
+    original.joinpath("README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- es\npipeline_tag: text-generation\n"
+        "datasets:\n- the_pile\nbase_model: some/other\n---\n# A model\n"
+    )
+    convert_checkpoint(original, tmp_path / "8bit", Q8Config(64))
+    kept = {"license": "apache-2.0", "language": ["es"], "pipeline_tag": "text-generation"}
+    ours = {"library_name": "transformers", "tags": ["gptj_q8", "8-bit"]}
+    assert front_matter((tmp_path / "8bit" / "README.md").read_text()) == kept | ours
+    # From one of ours on, all that it says of its origin.
+    card.write(tmp_path, Q8Config(), "EleutherAI/gpt-j-6b", 1, original=original)
+    lineage = {"base_model": "EleutherAI/gpt-j-6b", "base_model_relation": "quantized"}
+    text = card.text(Q8Config(), tmp_path, 1, original=tmp_path)
+    assert front_matter(text) == kept | ours | lineage
+    assert "# EleutherAI/gpt-j-6b in 8 bits" in text
+
+
+def test_a_merged_model_is_no_copy_of_the_one_before(source: Path, tmp_path: Path) -> None:
+    add_lora(from_pretrained(source), r=2).save_pretrained(tmp_path / "adapter")
+    merge(source, tmp_path / "adapter", tmp_path / "merged")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "# A model in 8 bits" in text
+    assert source.name not in text
+
+
+@pytest.mark.parametrize(
+    "broken", ["---\n- a list\n---\n", "---\nlicense: [\n---\n", "no more", ""]
+)
+def test_a_card_that_cannot_be_read_stops_nothing(broken: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(broken)
+    text = card.text(Q8Config(), tmp_path, 1, original=tmp_path)
+    assert front_matter(text) == {"library_name": "transformers", "tags": ["gptj_q8", "8-bit"]}
+
+
+def test_its_lines_of_python_run_in_its_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(source, tmp_path / "8bit", Q8Config(64))
+    monkeypatch.chdir(tmp_path / "8bit")
+    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["model"].is_quantized
 
 
 @pytest.mark.parametrize("base", [None, "", "/some/where/model", Path("/some/where/model")])

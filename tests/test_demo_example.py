@@ -28,4 +28,5 @@ def test_the_example_runs(
     assert {path.name for path in out.iterdir()} == {"8bit", "adapter", "merged"}
     with safe_open(out / "merged" / "model.safetensors", "pt") as file:
         assert "lm_head.codes" in file.keys()  # noqa: SIM118 (safe_open is no dict)
+    assert (out / "merged" / "tokenizer.json").exists()
     assert sum(line.startswith("# %% ") for line in EXAMPLE.read_text().splitlines()) == 6

@@ -98,7 +98,7 @@ def convert_checkpoint(
         report = job.report(before, after)
         written = job.model_config.quantization_config
         if not card.is_by_a_person(target):  # else it moves to the new directory
-            card.write(partial, written, source, report.weights, report.layers)
+            card.write(partial, written, source, report.weights, report.layers, directory)
     return report
 
 

@@ -39,7 +39,7 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["model*.safetensors", "*.json", *COMPANIONS]
+    patterns = ["model*.safetensors", "*.json", "README.md", *COMPANIONS]
     try:
         directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if not any(directory.glob("model*.safetensors")):

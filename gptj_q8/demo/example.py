@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import gptj_q8
 from gptj_q8 import demo
@@ -25,6 +26,7 @@ PROMPT = "Quien mucho"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, ROWS, TOKENS = 40, 8, 64
 OUT = Path("out/example")
+logging.disable_progress_bar()
 
 # %% Load it in 8 bits: the float model is never in memory as a whole
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -45,6 +47,7 @@ def write(model: Any, prompt: str = PROMPT) -> str:
 
 print("before:", write(model))
 model.save_pretrained(OUT / "8bit")
+tokenizer.save_pretrained(OUT / "8bit")
 
 # %% Teach it the text: adapters learn, the 8-bit weights stay
 model = gptj_q8.add_lora(model, r=16, alpha=32)

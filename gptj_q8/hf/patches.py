@@ -29,7 +29,8 @@ def write_card(
         return
     sizes = {layer.codes.data_ptr(): layer.codes.numel() for _, layer in layers(model)}
     base = getattr(model, "name_or_path", None)
-    card.write(Path(save_directory), config, base, sum(sizes.values()))
+    original = Path(base) if base else None
+    card.write(Path(save_directory), config, base, sum(sizes.values()), original=original)
 
 
 guard(PreTrainedModel, "_load_pretrained_model", check_load)

@@ -72,6 +72,7 @@ def merge(
             if dtype is None and not quantized:
                 merged = quantize_(merged)
             merged.to(dtype or stored_dtype)
+            merged.name_or_path = ""  # its card shall not call it a copy of the model before
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(source, folder)
 
