@@ -153,6 +153,20 @@ def test_products_make_no_copy_of_the_weights(isa: str) -> None:
                 assert memory("VmHWM") - before < 8e6, (product, m, dtype)
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
+)
+def test_fresh_codes_ask_for_huge_pages() -> None:
+    codes, _ = cpu.quantize(torch.randn(2048, 4096), TABLES["arbitrary"](), 256)
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(area[1], 16) <= codes.data_ptr() < int(area[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert "hg" in flags.split()
+
+
 def test_bindings_refuse_what_would_be_unsafe() -> None:
     w = random_quantized(6, 40, 32)
     x = torch.randn(2, 40)

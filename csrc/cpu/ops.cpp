@@ -13,6 +13,7 @@
 #include "../common/prepare.h"
 #include "../common/schemas.h"
 #include "isa.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace gptj_q8 {
@@ -37,6 +38,7 @@ std::vector<float> float_values(const char* op, const char* name, const Tensor& 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& codebook,
                                     int64_t block_size) {
   auto [a, codes, absmax] = prepare_quantize(weight, codebook, block_size);
+  advise_huge_pages(a.codes, codes.numel());
   kernels().quantize(a, kTorchPool);
   return {codes, absmax};
 }
