@@ -71,7 +71,7 @@ def test_bad_settings_are_named() -> None:
     cases: dict[str, Any] = {
         "rank": 0, "batch_size": 0, "alpha": 0, "learning_rate": float("nan"), "epochs": -1,
         "dropout": 1.0, "held_out": 1.5, "warmup": -0.1, "max_steps": 0, "save_every": 0,
-        "sequence_length": 1, "weight_decay": -1, "targets": (),
+        "sequence_length": 1, "weight_decay": -1, "targets": (), "seed": -1,
     }  # fmt: skip
     for name, value in cases.items():
         with pytest.raises(ValueError, match=f"^{name} must be "):

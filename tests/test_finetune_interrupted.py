@@ -78,6 +78,13 @@ def test_a_run_goes_on_only_as_it_began(tune: Any, tmp_path: Path, byte_dir: Pat
     with pytest.raises(FileNotFoundError, match=r"holds no run to resume: it has no run\.json"):
         tune(resume=True)
     tune(listener=StopAt(1))
+    record = tmp_path / "out" / folder.RECORD
+    written = record.read_text()
+    for damaged in (written[:-9], "null", '"text"', "[1]", "{}", '{"settings": 3}'):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=r"run\.json is no record of a run"):
+            tune(resume=True)
+    record.write_text(written)
     before = contents(tmp_path / "out")
     changed = Settings(**{**vars(SETTINGS), "rank": 2, "seed": 7})
     with pytest.raises(ValueError, match=r"changed are rank \(2, before 4\); seed \(7, before 0\)"):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
+import lzma
+import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase
 
 from gptj_q8.train.packing import IGNORED, Piece, Rows, collate, encode, keeps_apart
-from gptj_q8.train.texts import Document, hold_out, read_documents
+from gptj_q8.train.texts import Document, hold_out, read_documents, read_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,6 +60,7 @@ def test_a_folder_is_all_its_texts_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("two")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "notes.md").write_text("none of it")
+    (tmp_path / "a folder.txt").mkdir()
     write_lines(tmp_path / "deep" / "c.jsonl", {"text": "three"})
     assert [d.text for d in read_documents(str(tmp_path))] == ["one", "two", "three"]
 
@@ -108,6 +113,30 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(test=Dataset.from_dict({})))
     with pytest.raises(ValueError, match="no split `train`; it has test"):
         read_documents("owner/name")
+
+
+@pytest.mark.parametrize("module", [bz2, gzip, lzma], ids=lambda module: module.__name__)
+def test_a_packed_file_that_is_not_whole_is_named(module: Any, tmp_path: Path) -> None:
+    """As after a download that broke off."""
+    suffix = {bz2: ".bz2", gzip: ".gz", lzma: ".xz"}[module]
+    packed = module.compress(random.Random(0).randbytes(5000))
+    changed = bytearray(packed)
+    changed[len(packed) // 2 :] = packed[: len(packed) // 2]
+    for content in (packed[:-100], packed[:20], bytes(changed), b"plain text"):
+        path = tmp_path / f"t.txt{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"t\.txt{suffix}: truncated or damaged"):
+            read_text(path)
+    with pytest.raises(FileNotFoundError, match=rf"none{suffix}"):
+        read_text(tmp_path / f"none{suffix}")
+
+
+@pytest.mark.parametrize("record", [{"text": "a\ud83d"}, {"prompt": "\udcff", "completion": "c"}])
+def test_half_a_character_is_no_text(record: dict[str, str], tmp_path: Path) -> None:
+    """JSON can hold what no tokenizer takes: where a text was cut within a character."""
+    write_lines(tmp_path / "half.jsonl", {"text": "whole"}, record)
+    with pytest.raises(ValueError, match=r"half\.jsonl, line 2: holds half a character"):
+        read_documents(str(tmp_path / "half.jsonl"))
 
 
 # Holding out

@@ -103,8 +103,8 @@ def read_record(folder: Path) -> Record:
         if isinstance(settings["targets"], list):
             settings["targets"] = tuple(settings["targets"])
         return Record(settings=Settings(**settings), **stored)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of a run ({error!r})") from error
 
 
 def check_same(folder: Path, now: Record) -> Record:

@@ -59,19 +59,19 @@ def encode(
             tokenizer(part, add_special_tokens=False, verbose=False).input_ids
             for part in (document.prompt, document.text)
         )
-        ids = torch.tensor([*begin, *prompt, *text, *(end if document.ends else [])]).int()
-        if (largest := int(ids.max())) >= vocabulary:
+        tokens = [*begin, *prompt, *text, *(end if document.ends else [])]
+        if (largest := max(tokens, default=0)) >= vocabulary:
             raise ValueError(
                 f"{document.where}: token {largest} is beyond the model's vocabulary of "
                 f"{vocabulary}: the tokenizer is another model's"
             )
         first = max(1, len(begin) + len(prompt))
-        if document.prompt and len(ids) > length:
+        if document.prompt and len(tokens) > length:
             raise ValueError(
-                f"{document.where}: prompt and completion are {len(ids)} tokens, and a sequence "
+                f"{document.where}: prompt and completion are {len(tokens)} tokens, and a sequence "
                 f"has {length}"
             )
-        pieces += _cut(ids, first, length)
+        pieces += _cut(torch.tensor(tokens, dtype=torch.int32), first, length)
     if not pieces:
         raise ValueError("there is nothing to learn: no document has a second token")
     return pieces

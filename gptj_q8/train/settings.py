@@ -30,7 +30,8 @@ class Settings:
     held_out: share of the data that only measures; 0 for none.
     save_every: steps from one checkpoint, and one look at the held-out loss, to the next; None
         takes a tenth of the run.
-    seed: of the adapters' beginnings, of the order of the data and of what is held out.
+    seed: of the adapters' beginnings, of the order of the data and of what is held out; below
+        2^32, as NumPy asks.
 
     ValueError that names whatever is out of its range.
     """
@@ -66,6 +67,7 @@ class Settings:
             value = getattr(self, name)
             _require(value is None or value >= least, name, f"at least {least}", value)
         _require(bool(self.targets), "targets", "the names of modules", self.targets)
+        _require(0 <= self.seed < 2**32, "seed", "from 0 to 2^32 - 1", self.seed)
 
     def length(self, context: int | None) -> int:
         """Tokens in a row for a model with this many positions (None: unknown).

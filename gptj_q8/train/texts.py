@@ -7,6 +7,8 @@ import gzip
 import json
 import lzma
 import random
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 }
 _RECORDS = ".jsonl"
 _TEXT = ".txt"
+# JSON may hold half of a UTF-16 pair, where a text was cut; tokenizers refuse it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,16 @@ class Document:
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file, plain or packed (.gz, .bz2, .xz).
 
-    OSError where it cannot be read, ValueError where it is not UTF-8.
+    OSError where it cannot be read, ValueError where it is damaged or not UTF-8.
     """
-    with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-        return decode(file.read(), str(path))
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            content = file.read()
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{path}: truncated or damaged: {error}") from error
+    return decode(content, str(path))
 
 
 def decode(content: bytes, where: str) -> str:
@@ -91,7 +101,8 @@ def _read_folder(folder: Path) -> list[Document]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         dataset = _datasets().load_from_disk(str(folder))
         return list(_records(_train_split(dataset, str(folder)), str(folder), "row"))
-    files = sorted(path for path in folder.rglob("*") if _kind(path) in (_TEXT, _RECORDS))
+    found = (path for path in folder.rglob("*") if _kind(path) in (_TEXT, _RECORDS))
+    files = sorted(path for path in found if path.is_file())
     if not files:
         raise ValueError(f"{folder} holds no .txt and no .jsonl file")
     return [document for path in files for document in _read_file(path)]
@@ -127,6 +138,9 @@ def _records(rows: Iterable[Any], source: str, unit: str) -> Iterator[Document]:
 def _document(row: Any, where: str) -> Document:
     if isinstance(row, Mapping):
         prompt, completion, text = (row.get(key) for key in ("prompt", "completion", "text"))
+        for value in (prompt, completion, text):
+            if isinstance(value, str) and _SURROGATE.search(value):
+                raise ValueError(f"{where}: holds half a character (a lone surrogate), so no text")
         if isinstance(prompt, str) and isinstance(completion, str):
             return Document(completion, prompt, where)
         if isinstance(text, str):
