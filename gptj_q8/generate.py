@@ -130,7 +130,12 @@ def generate(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The prompt's token ids, at least one."""
+    """The prompt's token ids, at least one.
+
+    ValueError for half a character (a lone surrogate), and for an empty prompt where the tokenizer
+    has no first token.
+    """
+    prompt.encode()  # raises it, where tokenizers raise a TypeError
     ids: list[int] = tokenizer(prompt).input_ids
     if not ids:
         if tokenizer.bos_token_id is None:

@@ -1,11 +1,10 @@
 """Loads a model in 8 bits, in whatever form it is stored."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from gptj_q8.checkpoint import old, stored
+from gptj_q8.checkpoint import adapters, old, stored
 from gptj_q8.checkpoint.files import find
 from gptj_q8.checkpoint.source import faults_named, local_directory, refuse_unsafe
 from gptj_q8.config import QUANT_METHOD, Q8Config
@@ -75,10 +74,10 @@ def from_pretrained(
 
 def _base_of_adapter(directory: Path) -> str | None:
     """Where the model of the adapter in `directory` is; None if that holds a model, or nothing."""
-    path = directory / "adapter_config.json"
+    path = directory / adapters.CONFIG
     if not path.exists() or (directory / "config.json").exists():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapters.read_config(directory).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path}: does not say which model the adapter is for")
     return str(base)

@@ -69,7 +69,14 @@ def test_help_waits_for_no_heavy_import() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nonsense",), ("generate",), ("evaluate", "m", "--window", "1"), ("convert", "only-one")],
+    [
+        ("nonsense",),
+        ("generate",),
+        ("generate", "m", "x", "--seed", str(2**64)),
+        ("evaluate", "m", "--window", "1"),
+        ("convert", "only-one"),
+        ("memory", "--device-memory", "inf"),
+    ],
 )
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
@@ -91,6 +98,9 @@ def test_missing_and_bad_inputs_are_one_sentence_and_exit_1(
     empty.write_text(" \n")
     short = tmp_path / "short.txt"
     short.write_text("hola\n")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text('{"model_type": "gptj", "n_embd": "many"}')
     cases = {
         ("evaluate", byte_dir, "--data", tmp_path / "absent.txt"): "No such file or directory",
         ("evaluate", byte_dir, "--data", latin): "is not UTF-8 text (byte 3)",
@@ -100,7 +110,11 @@ def test_missing_and_bad_inputs_are_one_sentence_and_exit_1(
         ("generate", latin, "x"): "is a file; a model is a folder",
         ("generate", tmp_path, "x"): f"{tmp_path} holds no model",
         ("generate", "tests/absent", "x"): "there is no model at tests/absent",
-        ("generate", byte_dir, "x", "--device", "gpu"): "device gpu",
+        ("generate", byte_dir, "x", "--device", "gpu"): "device 'gpu' cannot be used here",
+        ("generate", byte_dir, "x", "--device", "meta"): "device 'meta' cannot be used here",
+        ("generate", byte_dir, "x", "--device", "hpu"): "device 'hpu' cannot be used here",
+        ("generate", byte_dir, "\udcff"): "surrogates not allowed",
+        ("memory", "--model", odd): "n_embd",
         ("evaluate", byte_dir, "--data", empty.parent / "latin.txt", "--json"): "UTF-8",
         ("finetune", byte_dir, "--data", short, "--output", tmp_path / "run"): "(--held-out 0)",
     }

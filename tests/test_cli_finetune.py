@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import torch
 from command_line import read_json, run
 
+import gptj_q8
+from gptj_q8.checkpoint import adapters
 from gptj_q8.cli.finetune import say_losses
 from gptj_q8.cli.screen import open_screen
 
@@ -184,6 +187,37 @@ def test_a_small_model_takes_one_thread_unless_told(
         run("finetune", byte_dir, "--data", data, "-o", "x", "--target", "nowhere").exit_code == 1
     )
     assert torch.get_num_threads() == threads
+
+
+def test_a_damaged_adapter_is_named(byte_dir: Path, tmp_path: Path) -> None:
+    config, weights = tmp_path / adapters.CONFIG, tmp_path / adapters.WEIGHTS
+    whole = '{"peft_type": "LORA"}'
+    cases = [
+        (whole[:-1], b"", f"{config}: truncated or damaged"),
+        ("[]", b"", f"{config}: is no adapter's configuration"),
+        ("{}", b"", f"{config}: is no adapter's configuration"),
+        (whole, b"\x08", f"{weights}: truncated or damaged"),
+        (whole, None, f"{tmp_path}: the adapter's weights, {weights.name}, are missing"),
+    ]
+    for text, content, expected in cases:
+        config.write_text(text)
+        weights.unlink(missing_ok=True)
+        if content is not None:
+            weights.write_bytes(content)
+        for arguments in (
+            ("generate", byte_dir, "x", "--adapter", tmp_path),
+            ("merge", byte_dir, tmp_path, "-o", tmp_path / "merged"),
+        ):
+            result = run(*arguments)
+            assert result.exit_code == 1, (arguments, result.output)
+            assert result.stderr.startswith(f"gptj-q8: {expected}"), result.stderr
+            assert result.stderr.count("\n") == 1, result.stderr
+        for load in (
+            lambda: gptj_q8.from_pretrained(tmp_path),
+            lambda: gptj_q8.merge(byte_dir, tmp_path, tmp_path / "merged"),
+        ):
+            with pytest.raises((ValueError, FileNotFoundError), match=re.escape(expected)):
+                load()
 
 
 def test_an_adapter_is_told_from_a_model(byte_dir: Path, tmp_path: Path) -> None:

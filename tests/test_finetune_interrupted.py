@@ -13,6 +13,7 @@ import torch
 from finetuning import SETTINGS, TEXT, StopAt
 from tiny import contents
 
+from gptj_q8.checkpoint import adapters
 from gptj_q8.optim import AdamW8bit
 from gptj_q8.train import folder
 from gptj_q8.train.report import Report
@@ -70,8 +71,8 @@ def test_a_run_that_broke_off_after_its_last_step_is_only_ended(
     assert resumed.losses == expected.losses
     assert resumed.held_out == expected.held_out
     assert resumed.samples == expected.samples
-    adapters = [tmp_path / name / folder.ADAPTER for name in ("out", "straight")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    written = [tmp_path / name / adapters.WEIGHTS for name in ("out", "straight")]
+    assert written[0].read_bytes() == written[1].read_bytes()
 
 
 def test_a_run_goes_on_only_as_it_began(tune: Any, tmp_path: Path, byte_dir: Path) -> None:

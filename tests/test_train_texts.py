@@ -10,6 +10,7 @@ import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -225,6 +226,14 @@ def test_a_tokenizer_that_begins_its_texts_begins_ours(tokenizer: PreTrainedToke
     (piece,) = encode(Beginning(), [Document("b", "a")], 16, 300)
     assert piece.ids.tolist() == [7, *tokenizer("ab").input_ids]
     assert piece.first_target == 2
+
+
+def test_a_document_of_no_token_is_left_out() -> None:
+    """Some tokenizers drop characters that are none of their script."""
+    tokenizer = MagicMock(bos_token_id=None, eos_token_id=None)
+    tokenizer.side_effect = lambda text, **_: MagicMock(input_ids=[7, 8] if text == "uno" else [])
+    (piece,) = encode(tokenizer, [Document("\u200b"), Document("uno")], 16, 10)
+    assert piece.ids.tolist() == [7, 8]
 
 
 def test_what_cannot_be_learned_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

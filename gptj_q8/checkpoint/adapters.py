@@ -6,6 +6,7 @@ are stored as `adapter.0.weight` and `adapter.1.weight`, or `adapter.2.weight` w
 between them. That is LoRA with a scaling of 1: PEFT's with alpha = r.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +24,13 @@ from gptj_q8.checks import FLOATS, one_of_dtypes
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+"""The files of an adapter, as PEFT names them."""
+
 # What PEFT puts before the names of the model that it wraps.
 _WRAPPED = "base_model.model."
-_WEIGHTS = "adapter_model.safetensors"
+_PICKLED_WEIGHTS = "adapter_model.bin"
 # In their metadata, the sign that nobody trained them since they were converted.
 _ORIGIN = "gptj_q8"
 _PART = re.compile(r"(.+)\.adapter\.(\d+)\.weight")
@@ -184,13 +189,32 @@ def save(directory: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     config.inference_mode = True
     config.save_pretrained(str(directory))
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt", _ORIGIN: "converted"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", _ORIGIN: "converted"})
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns what adapter_config.json says, having checked that PEFT can load what lies there.
+
+    FileNotFoundError without weights; ValueError, naming the file, for one that is damaged.
+    """
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated or damaged: {error}") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ValueError(f"{path}: is no adapter's configuration, for it has no peft_type")
+    if (directory / WEIGHTS).exists():
+        Shard(directory / WEIGHTS)
+    elif not (directory / _PICKLED_WEIGHTS).exists():
+        raise FileNotFoundError(f"{directory}: the adapter's weights, {WEIGHTS}, are missing")
+    return config
 
 
 def was_converted(directory: Path) -> bool:
     """Whether `save` wrote this adapter, so that another conversion may replace it."""
     try:
-        return _ORIGIN in Shard(directory / _WEIGHTS).metadata
+        return _ORIGIN in Shard(directory / WEIGHTS).metadata
     except (OSError, ValueError):
         return False
 

@@ -13,7 +13,12 @@ import typer
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # Named, not imported: importing torch or safetensors here would slow `--help` down.
-EXPECTED_NAMES = {"DtypeError", "OutOfMemoryError", "SafetensorError"}
+EXPECTED_NAMES = {
+    "DtypeError",
+    "OutOfMemoryError",
+    "SafetensorError",
+    "StrictDataclassFieldValidationError",  # Transformers, of a config.json
+}
 
 
 class CliError(Exception):

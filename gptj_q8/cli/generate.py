@@ -41,7 +41,13 @@ def generate_command(
     ] = 0.95,
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", help="The same seed, the same text.", show_default="a new one"),
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            metavar="N",
+            help="The same seed, the same text.",
+            show_default="a new one",
+        ),
     ] = None,
     dtype: Annotated[
         options.DtypeName,

@@ -51,9 +51,12 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise CliError(f"device {name}: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise CliError(
+            f"device {name!r} cannot be used here ({reason}); `gptj-q8 doctor` tells what can"
+        ) from error
     return found
 
 
@@ -83,7 +86,8 @@ def model(name: str, dtype: str, on: torch.device, adapter: Path | None = None) 
 
 
 def check_adapter(folder: Path) -> None:
-    """CliError unless there is an adapter in PEFT's format in `folder`."""
+    """CliError unless there is an adapter in PEFT's format in `folder`; ValueError if damaged."""
+    from gptj_q8.checkpoint.adapters import read_config
     from gptj_q8.train.folder import RECORD
 
     if not (folder / ADAPTER_CONFIG).exists():
@@ -94,6 +98,7 @@ def check_adapter(folder: Path) -> None:
             )
         what = "holds no adapter: it has no" if folder.is_dir() else "is no folder with an"
         raise CliError(f"{folder} {what} {ADAPTER_CONFIG}")
+    read_config(folder)
 
 
 def trainable_model(name: str, dtype: str, on: torch.device) -> PreTrainedModel:

@@ -32,7 +32,8 @@ def memory_command(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
     rank: Annotated[int, typer.Option(min=1, metavar="R", help="Rank of the adapters.")] = 16,
     device_memory: Annotated[
-        float, typer.Option(min=0.1, metavar="GB", help="What the device has, in 10^9 bytes.")
+        float,
+        typer.Option(min=0.1, max=1e6, metavar="GB", help="What the device has, in 10^9 bytes."),
     ] = 8.0,
     device: Annotated[
         Literal["cuda", "cpu"],

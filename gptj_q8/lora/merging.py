@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from gptj_q8 import checks, ops
+from gptj_q8.checkpoint import adapters
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.shards import Entry, Writer, parse_size, plan
 from gptj_q8.checkpoint.source import copy_companions, local_directory
@@ -56,6 +57,8 @@ def merge(
     sources = [Path(path).resolve() for path in (model, adapter) if Path(path).is_dir()]
     if target in sources:
         raise FileExistsError(f"{target} is what is to be merged; choose another place")
+    if Path(adapter).is_dir():
+        adapters.read_config(Path(adapter))
     with new_directory(target, overwrite) as folder:
         source = local_directory(os.fspath(model))
         base = load_as_stored(os.fspath(source), dtype="auto" if dtype is None else dtype)

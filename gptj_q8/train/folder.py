@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gptj_q8.checkpoint import adapters
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.train.settings import Settings
 
 RECORD = "run.json"
 SUMMARY = "summary.json"
 PLOT = "loss.png"
-ADAPTER = "adapter_model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -83,7 +83,7 @@ def begin(folder: Path, record: Record) -> None:
         for path in folder.iterdir():
             if _CHECKPOINT.fullmatch(path.name):
                 shutil.rmtree(path)
-        for name in (RECORD, SUMMARY, PLOT, ADAPTER, "adapter_config.json"):
+        for name in (RECORD, SUMMARY, PLOT, adapters.WEIGHTS, adapters.CONFIG):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, asdict(record))
