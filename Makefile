@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: venv demo test test-arm test-packaging docs lint format bench gpu gpu-test gpu-bench clean
+.PHONY: venv demo test test-arm test-packaging test-transformers docs lint format bench gpu gpu-test gpu-bench clean
 
 venv: $(BUILT)
 
@@ -33,6 +33,16 @@ test-arm: venv
 # The sdist and the wheel from clean: without a compiler, without Triton, editable, typed.
 test-packaging: venv
 	$(BIN)/python -m pytest tests/test_packaging.py --slow -rs
+
+# GPT-J in the oldest Transformers that is supported, and in the one that rewrote it.
+test-transformers: venv
+	@for version in 5.17.0 5.24.0; do \
+		folder=$(CURDIR)/out/transformers-$$version; \
+		test -d $$folder || $(BIN)/python -m pip install -q --target $$folder transformers==$$version; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest tests/test_attention.py tests/test_chunked_loss.py \
+			tests/test_static_cache.py tests/test_gptj_model.py tests/test_hf_load.py tests/test_memory.py \
+			tests/test_generate.py || exit; \
+	done
 
 # The API from its docstrings, as pages in out/docs.
 docs: venv

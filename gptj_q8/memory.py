@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptj_q8.models import RULES
+from gptj_q8.models.gptj_version import REWRITTEN
 from gptj_q8.nn.loss import CHUNK_ROWS
 from gptj_q8.optim import BLOCK_SIZE as OPTIMIZER_BLOCK
 
@@ -73,7 +74,8 @@ def estimate(config: Any, setting: Setting) -> Estimate:
     codes = 2 * words * wide + layers * (4 * wide**2 + 2 * wide * inner)
     adapters = layers * setting.rank * (4 * 2 * wide + 2 * (wide + inner))
     small = words + 2 * wide + layers * (inner + 3 * wide)
-    positions = layers * config.n_positions * (config.rotary_dim or wide)
+    tables = 1 if REWRITTEN else layers
+    positions = tables * config.n_positions * (config.rotary_dim or wide)
     weights = {
         "codes": codes,
         "scales": WORD * codes // setting.block_size + (2 + 6 * layers) * 256 * WORD,

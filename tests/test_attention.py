@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, StaticCache
 
 import gptj_q8
-from gptj_q8.models.gptj_attention import SDPA, THEIR_OWN
+from gptj_q8.models.gptj_attention import SDPA
 from gptj_q8.models.gptj_modules import fuse_gelu
+from gptj_q8.models.gptj_version import REWRITTEN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,7 @@ def attentions(model: nn.Module) -> list[Any]:
 def attend(model: GPTJForCausalLM, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the first block's attention makes of hidden [B, T, K]."""
     where: Any = {"position_ids": torch.arange(hidden.shape[1])[None]}
-    if THEIR_OWN:
+    if REWRITTEN:
         where = {"position_embeddings": model.transformer.rotary_emb(hidden, **where)}
     output, _ = attentions(model)[0](hidden, attention_mask=mask, **where)
     return output
@@ -210,7 +211,7 @@ def test_compiles_into_one_graph() -> None:
             )
 
 
-@pytest.mark.skipif(THEIR_OWN, reason="Transformers' own attention warns, and gives none")
+@pytest.mark.skipif(REWRITTEN, reason="Transformers' own attention warns, and gives none")
 def test_attention_weights_are_refused() -> None:
     _, ours = pair()
     with pytest.raises(ValueError, match=r'set_attn_implementation\(model, "eager"\)'):
@@ -229,7 +230,7 @@ def test_attention_weights_come_from_eager() -> None:
 def kind(model: nn.Module) -> set[str]:
     """What its attentions are configured as and, where a class tells it, what they are."""
     found = {module.config._attn_implementation for module in attentions(model)}
-    if not THEIR_OWN:
+    if not REWRITTEN:
         classes = {"GPTJAttention": "eager", "SdpaAttention": SDPA}
         assert found == {classes[type(module).__name__] for module in attentions(model)}
     return found
@@ -254,10 +255,10 @@ def test_our_loader_takes_sdpa_unless_asked(
 
 def test_transformers_own_models_stay_as_they_are(float_dir: Path, tmp_path: Path) -> None:
     """Neither their default nor their refusal changes, and what we save they load."""
-    default = "sdpa" if THEIR_OWN else "eager"
+    default = "sdpa" if REWRITTEN else "eager"
     model = gptj_q8.from_pretrained(float_dir)
     assert kind(AutoModelForCausalLM.from_pretrained(float_dir)) == {default}
-    if not THEIR_OWN:
+    if not REWRITTEN:
         with pytest.raises(ValueError, match="scaled_dot_product_attention"):
             AutoModelForCausalLM.from_pretrained(float_dir, attn_implementation="sdpa")
     model.save_pretrained(tmp_path)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJPreTrainedModel
 
-THEIR_OWN: bool = GPTJPreTrainedModel._supports_sdpa
-"""Whether Transformers has scaled-dot-product attention for GPT-J."""
+from gptj_q8.models.gptj_version import REWRITTEN
 
-if THEIR_OWN:
+if REWRITTEN:
     SDPA = "sdpa"
 else:
     from gptj_q8.models.gptj_sdpa import NAME as SDPA
@@ -26,7 +25,7 @@ def set_attn_implementation(model: nn.Module, implementation: str) -> None:
     `set_attn_implementation` does. ValueError for other names.
     """
     attentions = [module for module in model.modules() if isinstance(module, GPTJAttention)]
-    if THEIR_OWN or not attentions:
+    if REWRITTEN or not attentions:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
         return
     kinds = {"sdpa": (SDPA, SdpaAttention), "eager": ("eager", GPTJAttention)}

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.gptj.modeling_gptj import GPTJMLP, GPTJForCausalLM
 
 from gptj_q8.models.gptj_attention import set_attn_implementation
+from gptj_q8.models.gptj_version import REWRITTEN
 from gptj_q8.nn.loss import linear_cross_entropy
 
 # Those of forward's arguments that may be given by place.
@@ -30,8 +31,7 @@ _PLACES = [
 ][1:]
 # Names that Transformers 5.24 takes as well, though its signature does not tell.
 _MORE_NAMES = ("past_key_values", "output_attentions", "output_hidden_states")
-# What Transformers calls the keys and values of earlier tokens: `cache` from 5.24 on.
-CACHE = "cache" if "cache" in _PLACES else "past_key_values"
+CACHE = "cache" if REWRITTEN else "past_key_values"
 
 
 def fuse_gelu(model: nn.Module) -> None:
@@ -49,7 +49,7 @@ class LossOutput(ModelOutput):
     """What a model answers when its loss is computed in chunks: all but the logits."""
 
     loss: Tensor | None = None
-    if CACHE == "cache":
+    if REWRITTEN:
         cache: Any = None
     else:
         past_key_values: Any = None
