@@ -47,7 +47,7 @@ class Q8Config(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Builds from config.json's `quantization_config`; ValueError for a newer format.
+        """Builds from config.json's `quantization_config`; ValueError if it cannot be one of ours.
 
         The stored tensors carry their own tables, so any codebook name will do here.
         """
@@ -55,7 +55,10 @@ class Q8Config(QuantizationConfigMixin):
         check_format_version(config_dict.get("format_version", FORMAT_VERSION), "config.json")
         stored = dict(config_dict)
         codebook = stored.pop("codebook", "fitted")
-        made = super().from_dict(stored, *args, **kwargs)
+        try:
+            made = super().from_dict(stored, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.json: its quantization_config is damaged: {error}") from error
         config = made[0] if isinstance(made, tuple) else made
         config.codebook = codebook
         return made

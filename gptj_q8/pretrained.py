@@ -61,7 +61,9 @@ def from_pretrained(
     present = getattr(config, "quantization_config", None) or {}
     method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
     if method not in (None, QUANT_METHOD):
-        raise ValueError(f"{name_or_path}: is quantized already ({method})")
+        raise ValueError(
+            f"{name_or_path}: is quantized already ({method}); name the float model it was made of"
+        )
     if quantization_config is not None or not present:
         kwargs["quantization_config"] = quantization_config or Q8Config()
     attention = kwargs.get("attn_implementation", config._attn_implementation)

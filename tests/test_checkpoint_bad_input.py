@@ -225,7 +225,7 @@ def test_what_is_no_model_is_not_overwritten(source, tmp_path):
 def test_mount_point_is_refused_at_once(source, tmp_path, monkeypatch):
     target = tmp_path / "volume"
     target.mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == target)
     with pytest.raises(FileExistsError, match="is a mount point, which cannot be renamed"):
         convert_checkpoint(source, target, QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]

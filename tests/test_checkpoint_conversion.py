@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +204,40 @@ def test_overwriting(source, tmp_path):
     assert (target / "README.md").read_text() == (target / "model_card.json").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     load(target)
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "model"])
+def test_where_the_system_is_as_strict_as_windows(source, tmp_path, monkeypatch, there):
+    """It opens no folders, flushes only what is open for writing, and renames onto nothing."""
+
+    def strict_open(path, flags, *args, **kwargs):
+        if (
+            Path(path).is_dir() and "dir_fd" not in kwargs
+        ):  # shutil's, which goes without on Windows
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *args, **kwargs)
+
+    def strict_fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    def strict_rename(path, target):
+        if Path(target).exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        return path_rename(path, target)
+
+    target = tmp_path / "target"
+    if there == "empty":
+        target.mkdir()
+    elif there == "model":
+        convert_checkpoint(source, target, Q8Config(block_size=32))
+    os_open, path_rename = os.open, Path.rename
+    monkeypatch.setattr(os, "open", strict_open)
+    monkeypatch.setattr(os, "fsync", strict_fsync)
+    monkeypatch.setattr(Path, "rename", strict_rename)
+    convert_checkpoint(source, target, QUICK, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert load(target).config.quantization_config.block_size == QUICK.block_size
 
 
 @pytest.mark.parametrize(

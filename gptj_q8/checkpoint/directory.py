@@ -39,7 +39,7 @@ def new_directory(target: Path, overwrite: bool, replaced: Sequence[str] = ()) -
 
 
 def _put(partial: Path, target: Path, replaced: Sequence[str]) -> None:
-    if not target.exists() or not any(target.iterdir()):
+    if not target.exists():
         partial.rename(target)
         return
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -57,7 +57,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file")
-    if target.is_mount():
+    if os.path.ismount(target):  # Path.is_mount does not know Windows before Python 3.12
         raise FileExistsError(f"{target} is a mount point, which cannot be renamed; name a folder")
     if not any(target.iterdir()):
         return
@@ -87,7 +87,15 @@ def _keep_others(old: Path, new: Path, replaced: Sequence[str]) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until the disk has the file, or the folder's names where the system opens folders."""
+    is_folder = path.is_dir()
+    try:
+        # Windows flushes what is open for writing only, and opens no folders.
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -90,7 +90,9 @@ def empty_model(directory: Path) -> tuple[Any, Any]:
     config = transformers.AutoConfig.from_pretrained(directory)
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method")
-        raise ValueError(f"{directory}: is quantized already ({method})")
+        raise ValueError(
+            f"{directory}: is quantized already ({method}); name the float model it was made of"
+        )
     name = (getattr(config, "architectures", None) or [""])[0]
     kind = getattr(transformers, str(name), None)  # a file may say anything
     with torch.device("meta"):

@@ -49,7 +49,7 @@ def add_lora(
     is taken.
     """
     if not isinstance(r, int) or r < 1:
-        raise ValueError(f"add_lora: r must be a positive whole number, got {r}")
+        raise ValueError(f"add_lora: r must be a positive whole number, got {r!r}")
     if not alpha > 0:
         raise ValueError(f"add_lora: alpha must be positive, got {alpha}")
     if not 0 <= dropout < 1:
