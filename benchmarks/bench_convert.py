@@ -13,29 +13,28 @@ Transformers, in turns, each at least three times.
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.arguments import parser, set_threads
 from benchmarks.machine import new_results
+from benchmarks.memory_peak import watch
+from benchmarks.model_check import check_products
 from benchmarks.report import finish
-from benchmarks.results import Model
+from benchmarks.results import GIGA, Model
+from benchmarks.timing import in_turns
 
-GIGA = 1e9
 # Weights of the original's width: GPT-J draws its own with a deviation of 0.02.
 DEVIATION = 0.02
 SHARD_BYTES = 600_000_000
 PROMPT_TOKENS = 8
-# A reading takes 0.1 ms. Tensors of GPT-J's size live for a second.
-POLL_SECONDS = 0.002
 
 
 @dataclass
@@ -111,7 +110,7 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 
 
 # Each runs in a process of its own, which waits for a line once everything is imported.
-READY = """
+_READY = """
 import json, sys
 from transformers import GPTJForCausalLM
 import gptj_q8
@@ -123,7 +122,7 @@ _CONVERT = """
 report = convert_checkpoint(sys.argv[1], sys.argv[2])
 print(json.dumps([report.bytes_before, report.bytes_after, report.bits_per_weight]), flush=True)
 """
-LOAD = """
+_LOAD = """
 model = gptj_q8.from_pretrained(sys.argv[1])
 print(json.dumps(model.num_parameters()), flush=True)
 """
@@ -131,8 +130,8 @@ print(json.dumps(model.num_parameters()), flush=True)
 
 def convert_and_load(source: Path, target: Path) -> Conversion:
     """Convert `source` to `target`, then load each of them in 8 bits."""
-    converted, quantized = watch(READY + _CONVERT, source, target), watch(READY + LOAD, source)
-    loaded = watch(READY + LOAD, target)
+    converted, quantized = watch(_READY + _CONVERT, source, target), watch(_READY + _LOAD, source)
+    loaded = watch(_READY + _LOAD, target)
     before, after, bits = converted.answer
     return Conversion(
         before,
@@ -147,70 +146,27 @@ def convert_and_load(source: Path, target: Path) -> Conversion:
     )
 
 
-class Watched(NamedTuple):
-    """What a process printed last, as JSON; how long it ran after its imports; its anonymous memory
-    in bytes, at most and after its imports."""
-
-    answer: Any
-    seconds: float
-    peak: int
-    imports: int
-
-
-def watch(code: str, *arguments: Path) -> Watched:
-    """Run code, which begins as READY does, in a process of its own, and watch its memory."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        if ready != "ready\n":
-            raise RuntimeError(f"bench_convert: the watched process did not start: {ready!r}")
-        status = Path(f"/proc/{process.pid}/status")
-        after_imports = peak = _anonymous(status)
-        start = time.perf_counter()
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        while process.poll() is None:
-            peak = max(peak, _anonymous(status))
-            time.sleep(POLL_SECONDS)
-        seconds = time.perf_counter() - start
-        answer = process.stdout.read()
-    if process.returncode != 0:
-        raise RuntimeError(f"bench_convert: {code.strip()} failed: {process.returncode}")
-    return Watched(json.loads(answer.splitlines()[-1]), seconds, peak, after_imports)
-
-
-def _anonymous(status: Path) -> int:
-    """Bytes of anonymous memory, RssAnon; 0 once the process is gone."""
-    for line in status.read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def generate(original: Path, converted: Path, tokens: int, rounds: int) -> Generation:
-    """Time greedy generation from both models, in turns."""
+    """Times greedy generation from both models, in turns.
+
+    RuntimeError where a layer in 8 bits computes wrongly: then nothing is timed.
+    """
     from transformers import AutoModelForCausalLM
 
     import gptj_q8
 
     ours = gptj_q8.from_pretrained(converted, dtype=torch.bfloat16)
+    check_products(ours)
     plain = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
-    for model in (ours, plain):
-        _tokens_per_second(model, 2)
-    pairs = [
-        (_tokens_per_second(ours, tokens), _tokens_per_second(plain, tokens)) for _ in range(rounds)
-    ]
-    return Generation(tokens, pairs)
+    calls = {"ours": partial(_write, ours, tokens), "plain": partial(_write, plain, tokens)}
+    seconds = in_turns(calls, rounds)
+    pairs = zip(seconds["ours"], seconds["plain"], strict=True)
+    return Generation(tokens, [(tokens / a, tokens / b) for a, b in pairs])
 
 
-def _tokens_per_second(model: Any, tokens: int) -> float:
+def _write(model: Any, tokens: int) -> None:
     ids = torch.arange(PROMPT_TOKENS)[None]
-    start = time.perf_counter()
-    out = model.generate(
+    model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
@@ -218,8 +174,6 @@ def _tokens_per_second(model: Any, tokens: int) -> float:
         do_sample=False,
         pad_token_id=0,
     )
-    seconds = time.perf_counter() - start
-    return (out.shape[1] - PROMPT_TOKENS) / seconds
 
 
 def models(conversion: Conversion, generation: Generation | None) -> list[Model]:

@@ -19,9 +19,8 @@ import torch
 from benchmarks.arguments import parser
 from benchmarks.machine import new_results
 from benchmarks.report import finish
-from benchmarks.results import Model
+from benchmarks.results import GIGA, Model
 
-GIGA = 1e9
 TOKENS, RANK = 2048, 16
 SEED_BLOCK = 4096
 # Of attention's scores, in float32: before softmax, after it, and the gradient.

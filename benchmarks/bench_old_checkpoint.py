@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.arguments import parser
-from benchmarks.bench_convert import GIGA, Watched, watch
 from benchmarks.machine import new_results
+from benchmarks.memory_peak import Watched, watch
 from benchmarks.report import finish
-from benchmarks.results import Model
+from benchmarks.results import GIGA, Model
 from gptj_q8.codebooks import dynamic
 
 BLOCK = 4096

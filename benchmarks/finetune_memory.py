@@ -22,17 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.arguments import parser, set_threads
-from benchmarks.full_size import (
-    GIGA,
-    LAYERS,
-    TINY_LAYERS,
-    TINY_PROMPT,
-    build,
-    peak_anonymous_memory,
-)
+from benchmarks.full_size import LAYERS, TINY_LAYERS, TINY_PROMPT, build
 from benchmarks.machine import new_results
+from benchmarks.memory_peak import peak_anonymous_memory
 from benchmarks.report import finish
-from benchmarks.results import Model, Note
+from benchmarks.results import GIGA, Model, Note
 
 TOKENS = (2048, 512)
 RANK = 16

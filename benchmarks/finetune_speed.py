@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from benchmarks.full_size import SYSTEMS, TINY_LAYERS, TINY_PROMPT, build
 from benchmarks.machine import new_results
 from benchmarks.report import finish
 from benchmarks.results import Model
+from benchmarks.timing import in_turns
 
 LAYERS, TOKENS, ROUNDS = 4, (512, 1024, 2048), 5
 
@@ -72,14 +73,7 @@ def make_step(system: str, layers: int, tiny: bool = False) -> Callable[[int], N
 
 def compare(steps: dict[str, Callable[[int], None]], tokens: int, rounds: int) -> list[Model]:
     """Seconds of each system's steps; share_of_bfloat16_time: median of the rounds."""
-    samples: dict[str, list[float]] = {system: [] for system in steps}
-    for number in range(rounds + 1):
-        order = list(steps) if number % 2 else list(reversed(steps))
-        for system in order:
-            begun = time.perf_counter()
-            steps[system](tokens)
-            if number:  # the first wakes threads and fills caches
-                samples[system].append(time.perf_counter() - begun)
+    samples = in_turns({name: partial(step, tokens) for name, step in steps.items()}, rounds)
     return [
         Model(
             f"finetune_speed, {tokens} tokens",

@@ -14,14 +14,11 @@ mode="reduce-overhead".
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,9 +30,10 @@ from benchmarks.arguments import parser, set_threads
 from benchmarks.ceilings import stream_gb_per_s
 from benchmarks.cold import free_memory
 from benchmarks.machine import new_results
+from benchmarks.memory_peak import peak_memory
 from benchmarks.model_check import check_products
 from benchmarks.report import finish
-from benchmarks.results import Model, Note
+from benchmarks.results import GIGA, Model, Note
 
 SYSTEMS = ("gptj_q8", "bfloat16")
 COMPILED = "compiled"
@@ -44,7 +42,6 @@ PROMPT, NEW_TOKENS = 512, 32
 SHORT_PROMPT = 8
 TINY = {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 160, "n_positions": 64}
 TINY_LAYERS, TINY_PROMPT, TINY_TOKENS = 2, 16, 4
-GIGA = 1e9
 # What a model needs beside its weights, for activations and the cache.
 ROOM = 1.5 * GIGA
 STREAM_BYTES = 2**30
@@ -231,40 +228,6 @@ def _tokens(model: Any, prompt: int, count: int, how: dict[str, Any]) -> list[fl
     # The streamer is given the prompt before it is computed.
     times = [arrivals[0], *arrivals[2:]]
     return [b - a for a, b in pairwise(times)]
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """The most bytes held inside: of anonymous memory, or of what PyTorch allocated on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
-    with peak_anonymous_memory() as peak:
-        yield peak
-
-
-@contextmanager
-def peak_anonymous_memory(every_s: float = 0.02) -> Iterator[Callable[[], int]]:
-    """The most bytes of anonymous memory that the process held inside; file pages do not count."""
-    peak, stop = [_anonymous_memory()], threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(every_s):
-            peak[0] = max(peak[0], _anonymous_memory())
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield lambda: peak[0]
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _anonymous_memory() -> int:
-    found = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
 
 
 def _weights(layers: int) -> int:

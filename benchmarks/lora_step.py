@@ -10,14 +10,16 @@ one more step in 8 bits says whether PyTorch can do it within 7.5 GiB of that GP
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.arguments import parser
 from benchmarks.finetune_memory import RANK, trainable
-from benchmarks.full_size import GIGA, SYSTEMS, TINY_PROMPT, build, peak_memory, run_each
+from benchmarks.full_size import SYSTEMS, TINY_PROMPT, build, run_each
+from benchmarks.memory_peak import peak_memory
+from benchmarks.results import GIGA
+from benchmarks.timing import HostClock, in_turns
 
 TOKENS = 2048
 STEPS = 3
@@ -43,18 +45,16 @@ def measure(system: str, options: argparse.Namespace) -> dict[str, float]:
     ids = torch.arange(tokens, device=device)[None] * 7919 % model.config.vocab_size
     losses: list[float] = []
 
-    def step() -> float:
-        begun = time.perf_counter()
+    def step() -> None:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())  # waits for the device
-        return time.perf_counter() - begun
 
     with peak_memory(device) as peak:
-        first_s = step()
-        seconds = [step() for _ in range(STEPS)]
+        first_s = HostClock().seconds(step)
+        seconds = in_turns({system: step}, STEPS)[system]
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"lora_step: the loss went from {losses[0]} to {losses[-1]}")
     limited = {}

@@ -13,13 +13,12 @@ from itertools import groupby
 import torch
 
 from benchmarks import registry
-from benchmarks.harness import Bench, Selection, dtype_name
+from benchmarks.harness import OURS, Bench, Selection, dtype_name
 from benchmarks.machine import new_results
 from benchmarks.results import Results, Row
 
 SECONDS = 120.0
 """No case begins later."""
-OURS = "gptj_q8"
 INT8 = "Linear8bitLt"
 # How often GPT-J-6B multiplies by a matrix of each shape for one token.
 USES = {"attention": 4 * 28, "fc_in": 28, "fc_out": 28, "lm_head": 1}

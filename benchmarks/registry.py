@@ -62,4 +62,5 @@ def steps(device: str, tiny: bool) -> list[Step]:
     ]
 
 
-PARTS = [step.name for step in steps("cpu", tiny=False)]
+PARTS = list(dict.fromkeys(step.name for device in _DTYPES for step in steps(device, tiny=False)))
+"""Of either device."""

@@ -50,7 +50,7 @@ def print_results(results: Results) -> None:
 
 
 def print_parts(results: Results) -> None:
-    """What became of each step of `make gpu`."""
+    """What became of each step of `make bench` or `make gpu`."""
     table = Table(title="Parts", title_justify="left", title_style="bold")
     for heading in ("part", "status", "s", "note"):
         table.add_column(heading, justify="right" if heading == "s" else "left")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 SCHEMA_VERSION = 1
+GIGA = 1e9
 BUSY = 0.75  # load for each core
 DIGITS = 5  # of a stored measurement; machines are noisier than that
 
@@ -78,7 +79,7 @@ class Note:
 
 @dataclass
 class Model:
-    """A whole model at work. task: "decode" or "lora_step". A figure's name ends in its unit."""
+    """A whole model at work. task: such as "decode". A figure's name ends in its unit."""
 
     task: str
     system: str
@@ -87,7 +88,7 @@ class Model:
 
 @dataclass
 class Part:
-    """One step of `make gpu`."""
+    """One step of `make bench` or `make gpu`."""
 
     name: str
     status: str  # "passed", "failed" or "skipped"

@@ -102,6 +102,22 @@ def compare(
     }
 
 
+def in_turns(systems: Mapping[str, Batch], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of work that takes seconds, such as a step of a whole model.
+
+    One call of each in every round, in the order of `compare`, after one that wakes threads and
+    fills caches. A call must end with its work done: on a GPU it waits.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in systems}
+    clock = HostClock()
+    for name in systems:
+        systems[name]()
+    for turn in range(rounds):
+        for name in _order(list(systems), turn):
+            samples[name].append(clock.seconds(systems[name]))
+    return samples
+
+
 class Clock(Protocol):
     """Measures how long a batch of calls takes, and may replace it by something faster to start."""
 
@@ -226,8 +242,8 @@ class _Runner:
 
 
 def _order(names: list[str], turn: int) -> list[str]:
-    """Another system starts each round, and every second round runs backwards."""
-    first = turn % len(names)
+    """Every second round is the one before it backwards; then another system is the first."""
+    first = turn // 2 % len(names)
     order = names[first:] + names[:first]
     return order[::-1] if turn % 2 else order
 

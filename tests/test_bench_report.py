@@ -19,6 +19,7 @@ from benchmarks import (
     bench_old_checkpoint,
     finetune_memory,
     finetune_speed,
+    plot_products,
     plots,
     quick,
 )
@@ -55,11 +56,11 @@ def results() -> Results:
 
 def test_the_limit_is_the_slower_of_memory_and_arithmetic(results: Results) -> None:
     # A GB at 20 GB/s takes 0.05 s, 10^12 operations at 4 TFLOP/s 0.25 s; the baseline 1 s.
-    assert plots.limit_ratios(results.rows, results) == [(1, 4.0), (8, 4.0)]
+    assert plot_products.limit_ratios(results.rows, results) == [(1, 4.0), (8, 4.0)]
     results.ceilings["read_gb_per_s"] = 2.0
-    assert plots.limit_ratios(results.rows, results) == [(1, 2.0), (8, 2.0)]
+    assert plot_products.limit_ratios(results.rows, results) == [(1, 2.0), (8, 2.0)]
     del results.ceilings["read_gb_per_s"]
-    assert plots.limit_ratios(results.rows, results) == []
+    assert plot_products.limit_ratios(results.rows, results) == []
 
 
 def test_plots_are_drawn_from_the_json_alone(results: Results, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cold
-from benchmarks.timing import CudaClock, Timing, compare, speedup
+from benchmarks.timing import CudaClock, Timing, compare, in_turns, speedup
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,8 @@ def test_compare_times_each_system_per_call() -> None:
     assert found["a"].mode == "events"
 
 
-def test_compare_interleaves_the_systems() -> None:
+@pytest.mark.parametrize("systems", ["ab", "abc", "abcd"])
+def test_compare_interleaves_the_systems(systems: str) -> None:
     clock, order = FakeClock(), []
 
     def call(name: str) -> Callable[[int], None]:
@@ -61,10 +62,12 @@ def test_compare_interleaves_the_systems() -> None:
 
         return run
 
-    compare({name: call(name) for name in "abc"}, clock=clock)
-    rounds = ["".join(order[-27:])[i : i + 3] for i in range(0, 27, 3)]
-    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert {each[0] for each in rounds} == {"a", "b", "c"}
+    compare({name: call(name) for name in systems}, clock=clock)
+    count = len(systems)
+    timed = order[-9 * count :]
+    rounds = ["".join(timed[i : i + count]) for i in range(0, len(timed), count)]
+    assert all(sorted(each) == list(systems) for each in rounds)
+    assert {each[0] for each in rounds} == {each[-1] for each in rounds} == set(systems)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -141,6 +144,26 @@ def test_speedup_pairs_the_samples_of_a_round() -> None:
     theirs = Timing(tuple(3 * t for t in drift), 1, "host")
     ratio = speedup(ours, theirs)
     assert (ratio.q25, ratio.median, ratio.q75) == (3.0, 3.0, 3.0)
+
+
+def test_whole_models_take_turns_after_a_call_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, order = [0], []
+    monkeypatch.setattr("time.perf_counter_ns", lambda: now[0])
+
+    def call(name: str, seconds: int) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += 10**9 * (seconds if name in order else 100)  # the first is slow
+            order.append(name)
+
+        return run
+
+    found = in_turns({"a": call("a", 1), "b": call("b", 2)}, rounds=4)
+    assert found == {"a": [1.0] * 4, "b": [2.0] * 4}
+    rounds = ["".join(order[i : i + 2]) for i in range(2, 10, 2)]
+    assert all(sorted(each) == ["a", "b"] for each in rounds)
+    assert len(set(rounds)) == 2, "neither is always the first"
 
 
 def test_copies_outgrow_the_cache_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,12 @@ def test_every_op_has_a_benchmark() -> None:
     assert measured >= set(SCHEMAS)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_part_of_a_device_can_be_named(device: str) -> None:
+    """And runs unasked: what is not named is left out."""
+    assert {step.name for step in registry.steps(device, tiny=False)} <= set(registry.PARTS)
+
+
 def test_cases_cost_nothing_until_a_maker_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     def expensive(*args: object) -> None:
         raise MemoryError

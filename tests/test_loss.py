@@ -224,7 +224,7 @@ def test_bad_arguments() -> None:
 MEMORY = """
 import sys, torch
 from torch import nn
-from benchmarks.full_size import peak_anonymous_memory
+from benchmarks.memory_peak import peak_anonymous_memory
 from gptj_q8.nn.loss import linear_cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss
 

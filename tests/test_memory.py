@@ -107,7 +107,7 @@ def test_a_loaded_model_is_counted_as_its_configuration_is() -> None:
 # A quarter of GPT-J's width, so that what a block's backward pass takes outweighs all else.
 PEAK = """
 import sys, torch
-from benchmarks.full_size import peak_anonymous_memory
+from benchmarks.memory_peak import peak_anonymous_memory
 from tiny import gptj
 from gptj_q8 import add_lora, prepare_for_finetuning, quantize_
 from gptj_q8.memory import estimate_loaded
