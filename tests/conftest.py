@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of the tests' tensors; if not cpu, only tests that use it run",
     )
     parser.addoption("--slow", action="store_true", help="also run what takes minutes or gigabytes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test needs the network, and one that asks it would wait for its retries."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

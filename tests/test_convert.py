@@ -79,6 +79,13 @@ def test_modules_to_not_convert(entry, kept):
     assert floats == kept
 
 
+def test_an_exemption_is_of_whole_names():
+    model = nn.ModuleDict({"proj": nn.Linear(32, 32), "proj_out": nn.Linear(32, 32)})
+    quantize_(model, Q8Config(modules_to_not_convert=["proj"]))
+    assert type(model["proj"]) is nn.Linear
+    assert type(model["proj_out"]) is Q8Linear
+
+
 @pytest.mark.parametrize("entry", ["lmhead", "fc", "h.2", "transformer.wt"])
 def test_exemption_that_matches_nothing_is_refused(entry):
     model = gptj()

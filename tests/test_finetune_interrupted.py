@@ -44,6 +44,15 @@ def test_a_stopped_run_resumes_to_the_same_losses(
     assert resumed.samples == expected.samples
 
 
+def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path: Path) -> None:
+    """A run killed between writing one and removing the one before leaves both."""
+    assert folder.last_checkpoint(tmp_path / "none") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.part", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").write_text("a file")
+    assert folder.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
 def test_a_second_signal_stops_at_once(tune: Any, tmp_path: Path) -> None:
     class Twice(StopAt):
         def stopping(self) -> None:

@@ -104,6 +104,8 @@ def test_tied_embeddings_and_conv1d_merge(tmp_path: Path) -> None:
     assert relative(logits(load(tmp_path / "base")), right) > 0.05
     gptj_q8.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "float", dtype=torch.float32)
     assert relative(logits(load(tmp_path / "float")), right) < 1e-6
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    assert stored.keys() == gpt2().state_dict().keys() - {"lm_head.weight"}, "written once"
     gptj_q8.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "eight")
     assert relative(logits(load(tmp_path / "eight")), right) < 0.05
 

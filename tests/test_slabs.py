@@ -20,7 +20,9 @@ SHAPES = [(3, 600, 100), (2, 130, 4500), (150, 300, 256), (1, 257, 33), (5, 7, 6
 
 
 @pytest.fixture(autouse=True)
-def small_slabs(monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> Iterator[None]:
+def small_slabs(
+    monkeypatch: pytest.MonkeyPatch, poisoned_empty: None, one_thread: None
+) -> Iterator[None]:
     monkeypatch.setattr(slabs, "linear_rows", lambda *sizes: 128)
     monkeypatch.setattr(slabs, "GRAD_SLAB", 1 << 14)
     with backends.use("slabs"):
