@@ -3,7 +3,7 @@
 python -m tests.adam_convergence
 
 writes the mean of the last losses of every seed to adam_convergence.json beside this file, with
-which test_optim_training.py compares. About six minutes on one core.
+which test_optim_training.py compares. Two to three minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptj_q8.optim import AdamW8bit
 
 RECORD = Path(__file__).with_suffix(".json")
 SEEDS = range(5)
-STEPS, LAST = 500, 50
+STEPS, LAST = 200, 50
 BATCH, WINDOW = 2, 64
 LEARNING_RATE = 1e-3
 

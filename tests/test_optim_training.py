@@ -107,15 +107,16 @@ def recorded(kind: str) -> list[float]:
     return json.loads(RECORD.read_text())[kind]
 
 
-def assert_as_good(ours: float, float32: list[float]) -> None:
+def assert_as_good(ours: float, seed: int, float32: list[float]) -> None:
+    """As good as the float32 run of the same seed, within half of what other seeds change."""
     assert len(float32) == len(SEEDS)
-    assert abs(ours - statistics.mean(float32)) < 2 * statistics.stdev(float32)
+    assert abs(ours - float32[seed]) < statistics.stdev(float32) / 2
 
 
 def test_convergence_of_one_seed() -> None:
-    """All of the demo's model from random weights: beside five recorded runs in float32."""
+    """All of the demo's model from random weights: beside the recorded run in float32."""
     mean, optimizer = train(AdamW8bit, SEEDS[0])
-    assert_as_good(mean, recorded("AdamW"))
+    assert_as_good(mean, SEEDS[0], recorded("AdamW"))
 
     states = optimizer.state.values()
     params = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -129,6 +130,5 @@ def test_convergence_of_one_seed() -> None:
 def test_convergence_of_five_seeds() -> None:
     float32 = [train(torch.optim.AdamW, seed)[0] for seed in SEEDS]
     ours = [train(AdamW8bit, seed)[0] for seed in SEEDS]
-    assert_as_good(statistics.mean(ours), float32)
-    for each in ours:
-        assert_as_good(each, float32)
+    for seed, each in zip(SEEDS, ours, strict=True):
+        assert_as_good(each, seed, float32)
