@@ -47,8 +47,7 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     is their midpoint rounded to float32; a value at it takes the lower level. A block of zeros gets
     absmax 0. ValueError for NaN or Inf in the weight and for an unsorted codebook.
     """
-    result: tuple[Tensor, Tensor] = torch.ops.gptj_q8.quantize.default(weight, codebook, block_size)
-    return result
+    return torch.ops.gptj_q8.quantize.default(weight, codebook, block_size)
 
 
 def histogram(weight: Tensor, block_size: int, bins: int) -> Tensor:
@@ -58,18 +57,14 @@ def histogram(weight: Tensor, block_size: int, bins: int) -> Tensor:
     Integers, so that every device gives the same. `bins` is a power of two from 2 to 2^20.
     ValueError for NaN or Inf in the weight.
     """
-    counts: Tensor = torch.ops.gptj_q8.histogram.default(weight, block_size, bins)
-    return counts
+    return torch.ops.gptj_q8.histogram.default(weight, block_size, bins)
 
 
 def dequantize(
     codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight, in the shape of codes, rounded once to float32, bfloat16 or float16."""
-    weight: Tensor = torch.ops.gptj_q8.dequantize.default(
-        codes, absmax, codebook, block_size, dtype
-    )
-    return weight
+    return torch.ops.gptj_q8.dequantize.default(codes, absmax, codebook, block_size, dtype)
 
 
 def linear(
@@ -85,18 +80,14 @@ def linear(
     x is float32, bfloat16 or float16, and so is y; bias is any of these and is added in float32
     before the one rounding. Has gradients for x and bias. Autocast casts x and bias only.
     """
-    y: Tensor = torch.ops.gptj_q8.linear.default(x, codes, absmax, codebook, bias, block_size)
-    return y
+    return torch.ops.gptj_q8.linear.default(x, codes, absmax, codebook, bias, block_size)
 
 
 def linear_grad_input(
     dy: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
 ) -> Tensor:
     """dx[..., K] = dy[..., N] @ w[N, K]: the gradient of `linear` for x. Has a gradient for dy."""
-    dx: Tensor = torch.ops.gptj_q8.linear_grad_input.default(
-        dy, codes, absmax, codebook, block_size
-    )
-    return dx
+    return torch.ops.gptj_q8.linear_grad_input.default(dy, codes, absmax, codebook, block_size)
 
 
 def embedding(
@@ -111,10 +102,7 @@ def embedding(
 
     ids are int64 or int32. IndexError for ids out of range; on a GPU a device-side assertion.
     """
-    rows: Tensor = torch.ops.gptj_q8.embedding.default(
-        ids, codes, absmax, codebook, block_size, dtype
-    )
-    return rows
+    return torch.ops.gptj_q8.embedding.default(ids, codes, absmax, codebook, block_size, dtype)
 
 
 def adam_step_(

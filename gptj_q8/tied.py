@@ -27,7 +27,8 @@ def tie_codes(model: Any) -> list[str]:
         model.all_tied_weights_keys[f"{names[0]}.codes"] = f"{names[1]}.codes"
         keys.update({f"{names[0]}.{part}": f"{names[1]}.{part}" for part in PARTS})
     if keys:
-        kept = {k: v for k, v in model._tied_weights_keys.items() if k[:-7] not in targets}
+        gone = {f"{name}.weight" for name in targets}
+        kept = {k: v for k, v in model._tied_weights_keys.items() if k not in gone}
         model._tied_weights_keys = {**kept, **keys}
     return targets
 
@@ -48,6 +49,8 @@ def tie_weights(model: Any) -> None:
     for target, source in list(tied.items()):
         if target.endswith(".codes"):
             del tied[target]
-            tied[f"{target[:-6]}.weight"] = f"{source[:-6]}.weight"
+            tied[f"{target.removesuffix('.codes')}.weight"] = (
+                f"{source.removesuffix('.codes')}.weight"
+            )
     # The class has the names of the float weights.
     vars(model).pop("_tied_weights_keys", None)

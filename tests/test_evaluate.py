@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from gptj_q8.evaluate import compare, perplexity, windows
+from gptj_q8.evaluate import compare, perplexity
+from gptj_q8.sliding_window import windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,7 +232,7 @@ def test_chunks_do_not_change_the_result(
 ) -> None:
     whole = compare(model, other, ids)
     monkeypatch.setattr("gptj_q8.evaluate.LOGITS_PER_CHUNK", VOCABULARY * 5)
-    monkeypatch.setattr("gptj_q8.evaluate.TOKENS_PER_PASS", 1)
+    monkeypatch.setattr("gptj_q8.sliding_window.TOKENS_PER_PASS", 1)
     parts = compare(model, other, ids)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert parts.perplexity.nll == pytest.approx(whole.perplexity.nll, rel=1e-6)

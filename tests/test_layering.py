@@ -18,7 +18,7 @@ FLOORS = [
     {"codebooks", "backends"},
     {"checks"},
     {"ops"},
-    {"_register", "config", "nn", "models"},
+    {"_register", "config", "nn", "models", "sliding_window"},
     {"convert"},
     {"checkpoint"},
     {"tied"},

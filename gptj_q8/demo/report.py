@@ -1,7 +1,9 @@
 """Measures the demo's model on the held-out books and draws its loss curves."""
 
+import json
 import math
 import os
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,6 +75,20 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def curves(state: transformers.TrainerState) -> dict[str, list[tuple[float, float]]]:
+    """The (step, loss) pairs of training, averaged over 50 steps, and of the held-out books."""
+    return {
+        name: [(row["step"], round(row[key], 4)) for row in state.log_history if key in row]
+        for name, key in (("train", "loss"), ("held_out", "eval_loss"))
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """JSON with a line a value, but a line a point for the curves."""
+    lines = json.dumps(report, indent=2, ensure_ascii=False)
+    return re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", lines) + "\n"
 
 
 def plot_losses(report: dict[str, Any], file: Path) -> None:

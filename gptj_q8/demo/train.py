@@ -5,8 +5,6 @@
 fills DIR with what `gptj_q8/demo/` ships: `model/`, `report.json` and `loss.png`.
 """
 
-import json
-import re
 import signal
 import tempfile
 import time
@@ -32,7 +30,14 @@ from transformers import (
 )
 
 from gptj_q8.demo import books, text
-from gptj_q8.demo.report import describe_machine, encode_book, measure_held_out, plot_losses
+from gptj_q8.demo.report import (
+    curves,
+    describe_machine,
+    encode_book,
+    format_report,
+    measure_held_out,
+    plot_losses,
+)
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 2048
@@ -242,20 +247,6 @@ def save_model(model: GPTJForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def curves(state: TrainerState) -> dict[str, list[tuple[float, float]]]:
-    """The (step, loss) pairs of training, averaged over 50 steps, and of the held-out books."""
-    return {
-        name: [(row["step"], round(row[key], 4)) for row in state.log_history if key in row]
-        for name, key in (("train", "loss"), ("held_out", "eval_loss"))
-    }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """JSON with a line a value, but a line a point for the curves."""
-    lines = json.dumps(report, indent=2, ensure_ascii=False)
-    return re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", lines) + "\n"
 
 
 def main(
