@@ -86,7 +86,7 @@ def test_tensors_that_begin_anywhere(m: int, dtype: torch.dtype) -> None:
             assert is_good(dx, dy @ w.truth.to(dtype), dy.double() @ w.truth)
 
 
-@pytest.mark.parametrize("bias_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "k"), [(1, 256), (12, 1024), (12, 100)])
 def test_the_bias_is_added_before_the_one_rounding(m: int, k: int, bias_dtype: torch.dtype) -> None:
     """1 + 2^-8 rounds to 1 in bfloat16, and 1 + 2^-8 + 2^-9 to 1 + 2^-7."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from gptj_q8.backends.compiled import Compiled
 
@@ -14,21 +13,9 @@ quantize = _library.quantize
 histogram = _library.histogram
 dequantize = _library.dequantize
 embedding = _library.embedding
+linear = _library.linear
 linear_grad_input = _library.linear_grad_input
 adam_step_ = _library.adam_step_
-
-
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    bias: Tensor | None,
-    block_size: int,
-) -> Tensor:
-    if bias is not None and bias.dtype == torch.float64:
-        bias = bias.float()
-    return _library.linear(x, codes, absmax, codebook, bias, block_size)
 
 
 def unavailable() -> str | None:

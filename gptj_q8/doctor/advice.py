@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from gptj_q8.doctor.kernels import Backend
 from gptj_q8.doctor.machine import Machine
 from gptj_q8.doctor.packages import Package
@@ -146,8 +148,6 @@ def _about_cpu(machine: Machine, reason: str) -> Advice:
 
 def _about_instruction_sets(cpu: Backend) -> Iterator[Advice]:
     """On AVX-512 or AVX2 that PyTorch sees here and this build of ours does without."""
-    import torch
-
     seen = torch.backends.cpu.get_cpu_capability().lower()  # "AVX512", "AVX2", "DEFAULT", ...
     if seen in ("avx512", "avx2") and not any(isa.startswith(seen) for isa in cpu.instruction_sets):
         yield Advice(
