@@ -27,6 +27,7 @@ NUMELS.append((300_001, 256))
 MATRICES = [(1, 1), (3, 33), (65, 100), (17, 4500), (1000, 300)]
 if triton_is_interpreted():  # it takes seconds for the others
     MATRICES = [(n, k) for n, k in MATRICES if n < 1000]
+    NUMELS = [(numel, block) for numel, block in NUMELS if numel < 300_000]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
