@@ -10,12 +10,11 @@ from jinja2.runtime import Context
 import gptj_q8
 from gptj_q8.cli.load import quieten
 
+# Of a package pdoc takes what its __all__ names, modules too.
 MODULES = (
     "gptj_q8",
-    "gptj_q8.backends",
     "gptj_q8.backends.reference",
     "gptj_q8.checkpoint",
-    "gptj_q8.codebooks",
     "gptj_q8.generate",
     "gptj_q8.hivemind",
     "gptj_q8.lora",

@@ -25,7 +25,7 @@ PAGES = ["README.md", "CONTRIBUTING.md"]
 
 
 DOCS = runpy.run_path(str(ROOT / ".ci" / "docs.py"))
-API = DOCS["MODULES"]
+API = sorted({*DOCS["MODULES"], *(f"gptj_q8.{name}" for name in gptj_q8._MODULES)})
 
 
 def public(module: ModuleType) -> dict[str, Any]:
@@ -64,14 +64,14 @@ def test_the_pages_of_the_api_are_made(tmp_path: Path) -> None:
     pytest.importorskip("pdoc", reason="pdoc is not installed")
     DOCS["write"](tmp_path)
     page = (tmp_path / "gptj_q8.html").read_text()
-    for name in set(gptj_q8.__all__) - {"demo", "doctor", "evaluate", "ops", "optim"}:
+    modules = {name for name in gptj_q8.__all__ if inspect.ismodule(getattr(gptj_q8, name))}
+    for name in set(gptj_q8.__all__) - modules:
         assert f'id="{name}"' in page, name
     pages = {
         str(path.relative_to(tmp_path).with_suffix("")).replace("/", ".")
         for path in tmp_path.rglob("*.html")
     } - {"index"}
-    named = {"gptj_q8.demo", "gptj_q8.doctor", "gptj_q8.evaluate", "gptj_q8.ops", "gptj_q8.optim"}
-    assert pages == {*API, *named}
+    assert pages == {*DOCS["MODULES"], *(f"gptj_q8.{name}" for name in modules)}
     # The first page leads to all others.
     links = set(re.findall(r'href="([\w./]+)\.html', page))
     assert {name.replace(".", "/") for name in pages} - {"gptj_q8"} <= links
@@ -105,6 +105,21 @@ def test_paths_that_are_named_exist(page: str) -> None:
     missing = [path for path in paths if not any(ROOT.glob(path))]
     missing += [m for m in modules if importlib.util.find_spec(m) is None]
     assert not missing
+
+
+def test_the_map_of_contributing_is_the_tree() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("## The tree\n")[1].split("\n\n")[0]
+    mapped: set[str] = set()
+    for row in page.splitlines()[2:]:
+        paths = re.findall(r"`([^`]+)`", row.split("|")[1])
+        folder = paths[0].rstrip("/").rpartition("/")[0]
+        mapped |= {paths[0], *(f"{folder}/{path}" for path in paths[1:])}
+    files = [f"csrc/{path.name}/" for path in (ROOT / "csrc").iterdir()]
+    files += [f"gptj_q8/{path.name}" for path in (ROOT / "gptj_q8").glob("*.py")]
+    files += [f"gptj_q8/{path.parent.name}/" for path in (ROOT / "gptj_q8").glob("*/__init__.py")]
+    entrances = {"gptj_q8/__init__.py", "gptj_q8/__main__.py"}
+    others = {"gptj_q8/backends/triton/", "tests/", "benchmarks/", ".ci/"}
+    assert mapped == set(files) - entrances | others
 
 
 @pytest.mark.parametrize("page", PAGES)
