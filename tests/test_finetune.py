@@ -14,6 +14,7 @@ from peft import PeftModel
 from tiny import gpt2
 from transformers.models.gptj.modeling_gptj import GPTJMLP
 
+from gptj_q8.checkpoint import adapters
 from gptj_q8.train import device, folder
 from gptj_q8.train.listener import Listener
 from gptj_q8.train.plot import smoothed
@@ -186,7 +187,7 @@ def test_without_matplotlib_all_is_done_but_the_plot(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = tune(settings=Settings(**{**vars(SETTINGS), "max_steps": 1}))
     assert (report.finished, report.plot) == (True, "")
-    assert (tmp_path / "out" / folder.ADAPTER).exists()
+    assert (tmp_path / "out" / adapters.WEIGHTS).exists()
     assert not (tmp_path / "out" / folder.PLOT).exists()
 
 
