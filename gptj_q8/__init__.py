@@ -30,6 +30,7 @@ Where to begin:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from gptj_q8 import _register
@@ -82,9 +83,12 @@ __all__ = [*_HOMES, *_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        # PyTorch first: a thread that imports it meanwhile, and so our ops, would wait for us.
+        importlib.import_module("torch")
         found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return found
-    if name in _MODULES:
+    if not name.startswith("_") and importlib.util.find_spec(f"gptj_q8.{name}"):
+        importlib.import_module("torch")
         return importlib.import_module(f"gptj_q8.{name}")
     raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")
 

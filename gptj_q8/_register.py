@@ -30,9 +30,11 @@ _WAITING = {
 def register() -> None:
     """Registers now where the other module is loaded, else as soon as it is."""
     for name in _WAITING:
+        # One that another loading of this module left there would search through ours, and so on.
+        sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "gptj_q8_waits_for", "") != name]
         if name in sys.modules:
             _import_ours(name)
-        elif not any(isinstance(finder, _Hook) and finder.name == name for finder in sys.meta_path):
+        else:
             sys.meta_path.insert(0, _Hook(name))
 
 
@@ -87,12 +89,12 @@ class _Hook(importlib.abc.MetaPathFinder):
     """Lets the other finders find a module, and runs `_import_ours` once it is loaded."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.gptj_q8_waits_for = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.gptj_q8_waits_for:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
@@ -105,7 +107,7 @@ class _Hook(importlib.abc.MetaPathFinder):
             load(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _import_ours(self.name)
+            _import_ours(fullname)
 
         # The loader was made for this one module, so changing it changes nothing else.
         setattr(spec.loader, "exec_module", load_and_register)  # noqa: B010

@@ -121,6 +121,13 @@ def test_a_card_that_cannot_be_read_stops_nothing(broken: str, tmp_path: Path) -
     assert front_matter(text) == {"library_name": "transformers", "tags": ["gptj_q8", "8-bit"]}
 
 
+def test_norwegian_is_not_false(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: no\nlicense: mit\n---\n")
+    front = front_matter(card.text(Q8Config(), tmp_path, 1, original=tmp_path))
+    assert front["license"] == "mit"
+    assert "language" not in front
+
+
 def test_its_lines_of_python_run_in_its_folder(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

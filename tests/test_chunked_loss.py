@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from tiny import IDS, QUICK, VOCABULARY, gpt2, gptj
 from torch import Tensor
@@ -101,6 +103,16 @@ def test_takes_what_transformers_takes_by_place_and_by_name() -> None:
         assert two[CACHE] is past[1]
         assert two[CACHE].get_seq_length() == 12
         assert all(map(torch.equal, two.hidden_states, one.hidden_states))
+
+
+def test_its_forward_stays_when_accelerate_unwraps_the_model() -> None:
+    _, chunks = pair()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        unwrapped = accelerator.unwrap_model(accelerator.prepare(chunks), keep_fp32_wrapper=False)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert isinstance(unwrapped(IDS, labels=IDS), LossOutput)
 
 
 def test_without_labels_it_compiles_into_one_graph() -> None:

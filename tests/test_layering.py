@@ -108,6 +108,41 @@ def test_the_ops_are_there_whatever_is_imported_first(first: str) -> None:
     assert in_a_new_process(code) == "gptj_q8.linear.default"
 
 
+@pytest.mark.parametrize("other", ["import torch", "gptj_q8.Q8Linear"])
+@pytest.mark.parametrize("one", ["gptj_q8.codebooks", "gptj_q8.ops", "from gptj_q8 import nn"])
+def test_threads_may_be_the_first_to_use_it(one: str, other: str) -> None:
+    code = f"""
+import threading, gptj_q8
+begin, failed = threading.Barrier(2), []
+def use(statement):
+    begin.wait()
+    try:
+        exec(statement)
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [threading.Thread(target=use, args=[each]) for each in ({one!r}, {other!r})]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+import torch
+print(failed, torch.ops.gptj_q8.linear.default)"""
+    assert in_a_new_process(code) == "[] gptj_q8.linear.default"
+
+
+def test_it_can_be_loaded_again_before_pytorch() -> None:
+    code = """
+import sys, gptj_q8
+for name in [name for name in sys.modules if name.startswith("gptj_q8")]:
+    del sys.modules[name]
+import gptj_q8, torch
+print(torch.ops.gptj_q8.linear.default)"""
+    assert in_a_new_process(code) == "gptj_q8.linear.default"
+
+
 def test_modules_come_when_asked_for() -> None:
-    code = "import gptj_q8; print(*(getattr(gptj_q8, name).__name__ for name in gptj_q8._MODULES))"
-    assert in_a_new_process(code).split() == [f"gptj_q8.{name}" for name in gptj_q8._MODULES]
+    named = sorted(set(re.findall(r"`gptj_q8\.(\w+)`", gptj_q8.__doc__)) | set(gptj_q8._MODULES))
+    code = f"import gptj_q8; print(*(getattr(gptj_q8, name).__name__ for name in {named}))"
+    assert in_a_new_process(code).split() == [f"gptj_q8.{name}" for name in named]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gptj_q8.nothing  # noqa: B018

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from gptj_q8 import Q8Embedding, Q8Linear
+from gptj_q8.nn.conv1d import Q8Conv1D
 from gptj_q8.nn.quantized import FrozenCodes
 
 # How a module keeps, moves or rebuilds: each must leave it as it was.
@@ -75,6 +76,11 @@ def test_a_bad_weight_is_refused() -> None:
         Q8Linear(4, 4, block_size=100)
     with pytest.raises(TypeError, match="Q8Linear: dtype must be float32 or"):
         Q8Linear(4, 4, dtype=torch.float64)
+
+
+def test_only_a_conv1d_becomes_one_in_8_bits() -> None:
+    with pytest.raises(TypeError, match="Q8Conv1D: must be made of a Conv1D, got a Linear"):
+        Q8Conv1D.from_float(nn.Linear(8, 8))
 
 
 @pytest.mark.parametrize(

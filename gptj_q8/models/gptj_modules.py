@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +66,6 @@ class LossOutput(ModelOutput):
 class _ChunkedLoss(GPTJForCausalLM):
     """Given labels, computes the loss in chunks and no logits; else does what it always does."""
 
-    @functools.wraps(GPTJForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(_PLACES, args, strict=False))
         labels = inputs.get("labels", kwargs.get("labels"))
@@ -102,6 +100,10 @@ class _ChunkedLoss(GPTJForCausalLM):
         )
 
 
+# Trainer reads the signature. No functools.wraps: Accelerate unwraps what says that it is wrapped.
+_ChunkedLoss.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    GPTJForCausalLM.forward
+)
 # save_pretrained writes it into config.json; pickle goes by __qualname__.
 _ChunkedLoss.__name__ = GPTJForCausalLM.__name__
 

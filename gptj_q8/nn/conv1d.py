@@ -22,6 +22,9 @@ class Q8Conv1D(Q8Linear):
 
     @classmethod
     def like(cls, module: Any, block_size: int = 256) -> Self:
+        if not (hasattr(module, "nx") and hasattr(module, "nf")):
+            kind = type(module).__name__
+            raise TypeError(f"{cls.__name__}: must be made of a Conv1D, got a {kind}")
         shell = super().like(module, block_size)
         shell.in_features, shell.out_features = module.nx, module.nf
         return shell
