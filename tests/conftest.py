@@ -258,3 +258,11 @@ def whole_run(
 
     out = tmp_path_factory.mktemp("whole") / "out"
     return finetuning.tune(byte_dir, byte_tokenizer, output=out, prompts=["gato y"]), out
+
+
+@pytest.fixture
+def old_dir(tmp_path: Path) -> Path:
+    """A tiny GPT-J as hivemind/gpt-j-6B-8bit is stored."""
+    import hivemind_layout
+
+    return hivemind_layout.write(tmp_path / "old", hivemind_layout.state_dict())
