@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import OURS
 from benchmarks.plot_style import (
@@ -55,12 +55,9 @@ def speed(results: Results, path: Path) -> bool:
         plain_numbers(axis.yaxis)
         axis.set_xlabel("M, tokens at once")
         axis.set_ylabel(f"times as fast as {baseline}")
-    times = _ends((row, row.ratio_to_baseline or 0.0) for row in rows)
-    claims = [
-        f"{low:.1f} to {high:.1f} times {'' if i else 'as fast as PyTorch '}{on}"
-        for i, (on, low, high) in enumerate(times)
-    ]
-    grid.save(path, results, f"{OURS} is {', '.join(claims)}" if claims else "Products")
+    times = ((row, row.ratio_to_baseline or 0.0) for row in rows)
+    claim = _claim(times, "{:.1f} to {:.1f} times", "as fast as PyTorch")
+    grid.save(path, results, f"{OURS} is {claim}" if claim else "Products")
     return True
 
 
@@ -69,35 +66,32 @@ def roofline(results: Results, path: Path) -> bool:
 
     False, and no file, without ceilings in the results.
     """
-    rows = [row for row in _products(results) if row.flops and _limits(results, row.dtype)]
+    products = _products(results)
+    dtypes = {row.dtype for row in products}
+    roofs = {dtype: roof for dtype in dtypes if (roof := _roof(results, dtype))}
+    rows = [row for row in products if row.dtype in roofs]
     if not rows:
         return False
     grid = _Grid(rows)
     systems = list(dict.fromkeys(row.system for row in rows))
     for axis, panel in grid.panels():
         for system, points in _lines(panel):
-            intensity = [p.flops / p.bytes for p in points]
+            intensity = [p.intensity for p in points]
             axis.plot(intensity, [p.tflop_per_s for p in points], **line_style(system, systems))
-        gb_per_s, tflop_per_s = _limits(results, panel[0].dtype) or (0.0, 0.0)
-        most = max(row.flops / row.bytes for row in panel)
-        least = min(row.flops / row.bytes for row in panel)
-        ridge = tflop_per_s * 1e3 / gb_per_s
-        xs = sorted({least, ridge, max(most, ridge)})
-        roof = [min(x * gb_per_s / 1e3, tflop_per_s) for x in xs]
+        roof = roofs[panel[0].dtype]
+        reached = [row.intensity for row in panel]
+        xs = sorted({min(reached), roof.ridge, max(*reached, roof.ridge)})
         label = f"the speed of a {_stream(results)}, then of torch's largest product"
-        axis.plot(xs, roof, label=label, **LIMIT_STYLE)
+        axis.plot(xs, [roof.at(x) for x in xs], label=label, **LIMIT_STYLE)
         axis.set_xscale("log")
         axis.set_yscale("log")
         plain_numbers(axis.xaxis, axis.yaxis)
         axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel("operations for each byte of weights, input and output")
         axis.set_ylabel("TFLOP/s")
-    shares = _ends((row, row.tflop_per_s / _roof(row, results)) for row in rows)
-    claims = [
-        f"{100 * low:.0f} to {100 * high:.0f} % {'' if i else 'of the dashed line '}{on}"
-        for i, (on, low, high) in enumerate(shares)
-    ]
-    title = f"{OURS} reaches {', '.join(claims)}" if claims else "Roofline"
+    shares = ((row, 100 * row.tflop_per_s / roofs[row.dtype].at(row.intensity)) for row in rows)
+    claim = _claim(shares, "{:.0f} to {:.0f} %", "of the dashed line")
+    title = f"{OURS} reaches {claim}" if claim else "Roofline"
     grid.save(path, results, f"{title}; a point for each M")
     return True
 
@@ -109,11 +103,11 @@ def limit_ratios(panel: Sequence[Row], results: Results) -> list[tuple[int, floa
     or multiplies at the speed of PyTorch's largest product, whichever takes longer. Empty where the
     results hold no ceilings.
     """
-    limits = _limits(results, panel[0].dtype)
+    roof = _roof(results, panel[0].dtype)
     base = {r.m: r.median_s for r in panel if r.system == r.baseline}
-    if limits is None:
+    if roof is None:
         return []
-    gb_per_s, tflop_per_s = limits
+    gb_per_s, tflop_per_s = roof
     return sorted(
         (row.m, base[row.m] / max(row.bytes / gb_per_s / 1e9, row.flops / tflop_per_s / 1e12))
         for row in panel
@@ -126,18 +120,40 @@ def _stream(results: Results) -> str:
     return "read loop" if "read_gb_per_s" in results.ceilings else "copy"
 
 
-def _limits(results: Results, dtype: str) -> tuple[float, float] | None:
-    """Memory's GB/s and PyTorch's TFLOP/s in a dtype, where the results hold them."""
+class _Roof(NamedTuple):
+    """What a machine allows in one dtype: two measurements of it."""
+
+    gb_per_s: float
+    tflop_per_s: float
+
+    @property
+    def ridge(self) -> float:
+        """The operations for each byte from which on memory no longer limits."""
+        return self.tflop_per_s * 1e3 / self.gb_per_s
+
+    def at(self, intensity: float) -> float:
+        """TFLOP/s for so many operations for each byte."""
+        return min(intensity * self.gb_per_s / 1e3, self.tflop_per_s)
+
+
+def _roof(results: Results, dtype: str) -> _Roof | None:
+    """Memory's speed and PyTorch's largest product in a dtype, where the results hold them."""
     found = results.ceilings
     stream = found.get("read_gb_per_s", found.get("copy_gb_per_s"))
     peak = found.get(f"matmul_{dtype}_tflop_per_s")
-    return (stream, peak) if stream and peak else None
+    return _Roof(stream, peak) if stream and peak else None
 
 
-def _roof(row: Row, results: Results) -> float:
-    """TFLOP/s that the machine allows for a row's operations and bytes, as the limits have it."""
-    gb_per_s, tflop_per_s = _limits(results, row.dtype) or (0.0, 0.0)
-    return min(row.flops / row.bytes * gb_per_s / 1e3, tflop_per_s)
+def _claim(values: Iterable[tuple[Row, float]], spread: str, what: str) -> str:
+    """Such as "5.0 to 7.0 times as fast as PyTorch on 1 token, 1.0 to 1.1 times on 2048 tokens".
+
+    spread: formats the least and the largest value. Empty without rows of ours.
+    """
+    ends = _ends(values)
+    return ", ".join(
+        f"{spread.format(low, high)} {'' if i else f'{what} '}{on}"
+        for i, (on, low, high) in enumerate(ends)
+    )
 
 
 def _ends(values: Iterable[tuple[Row, float]]) -> list[tuple[str, float, float]]:

@@ -68,6 +68,11 @@ class Row:
     error: float | None  # |result - exact| / |exact|, exact for the system's own decoded weights
     error_bound: float | None
 
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte."""
+        return self.flops / self.bytes
+
 
 @dataclass(frozen=True)
 class Note:
