@@ -60,7 +60,7 @@ def steps(device: str, tiny: bool) -> list[Step]:
         _benchmark("adam", f"benchmarks.ops {at} --op adam_step_ --dtype float32 bfloat16", 15),
         # For each of two systems 8 s of imports and 28 layers made; 64 tokens, of 20 ms at most.
         _benchmark("decode", f"benchmarks.full_size {at}", 35),
-        # As many imports; 5 steps of 4 times 2048 tokens' products, half a second each.
+        # As many imports; 4 steps of 4 times 2048 tokens' products, half a second each.
         _benchmark("finetune", f"benchmarks.lora_step {at}", 35),
         # 28 layers through PyTorch's compiler.
         _benchmark("compiled", f"benchmarks.full_size {at} --systems compiled", 40),
