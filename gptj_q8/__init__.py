@@ -82,15 +82,15 @@ __all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        # PyTorch first: a thread that imports it meanwhile, and so our ops, would wait for us.
-        importlib.import_module("torch")
-        found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-        return found
-    if not name.startswith("_") and importlib.util.find_spec(f"gptj_q8.{name}"):
-        importlib.import_module("torch")
+    home = _HOMES.get(name)
+    if home is None and (name.startswith("_") or not importlib.util.find_spec(f"gptj_q8.{name}")):
+        raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")
+    # PyTorch first: a thread that imports it meanwhile, and so our ops, would wait for us.
+    importlib.import_module("torch")
+    if home is None:
         return importlib.import_module(f"gptj_q8.{name}")
-    raise AttributeError(f"module 'gptj_q8' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(home), name)
+    return found
 
 
 _register.register()

@@ -121,9 +121,8 @@ def _inherited(original: Path | None) -> dict[str, Any]:
     except Exception:  # it is a person's, and may be anything; no reason to lose the model
         return {}
     keys = (*_INHERITED, *_LINEAGE) if _is_ours(original) else _INHERITED
-    values = {key: found[key] for key in keys if key in found}
     # YAML takes an unquoted `no`, Norwegian, for false.
-    return {key: value for key, value in values.items() if isinstance(value, str | list)}
+    return {key: found[key] for key in keys if isinstance(found.get(key), str | list)}
 
 
 def _hub_id(base: str | os.PathLike[str] | None) -> str | None:
