@@ -5,6 +5,7 @@ Each holds its copies of one weight `w[N, K]`, and offers what it can of
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,10 +53,10 @@ class Quantized(Weights):
         self.backend = backend
         self.block_size, self.codebook = block_size, codebook
         self.table = ours.codebook(codebook, weight, block_size)
-        codes, absmax = ours.op("quantize")(weight, self.table, block_size)
-        self._rotate(
-            lambda: (codes.clone(), absmax.clone()), codes.nbytes + absmax.nbytes, weight.device
-        )
+        # Each copy is quantized, not cloned: on huge pages then, as a model's weights are.
+        make = functools.partial(ours.op("quantize"), weight, self.table, block_size)
+        codes, absmax = make()
+        self._rotate(make, codes.nbytes + absmax.nbytes, weight.device)
 
     def linear(self, x: Tensor, i: int) -> Tensor:
         codes, absmax = self.copies[i]
@@ -228,13 +229,15 @@ class Quanto(Weights):
 
 
 class ReadLoop(Weights):
-    """Reads as many bytes as there are codes, and does nothing with them."""
+    """Reads the codes of our own copies, and does nothing with them."""
 
     def __init__(self, weight: Tensor) -> None:
         if weight.device.type != "cpu":
             raise UnavailableError("a GPU's ceiling is its copy bandwidth, see ceilings")
-        codes = torch.randint(0, 255, (weight.numel() // 4 * 4,), dtype=torch.uint8)
-        self._rotate(codes.clone, codes.nbytes, weight.device)
+        words = weight.numel() // 4 * 4
+        ours_in_memory = Quantized(weight, "dynamic", 256, "auto").copies
+        self.copies = [codes.flatten()[:words] for codes, _ in ours_in_memory]
+        self.bytes = words
 
     def linear(self, x: Tensor, i: int) -> Tensor:
         return read_all(self.copies[i])
