@@ -55,17 +55,27 @@ def test_it_shows_losses_samples_and_where_to_go(
     assert spoken.stdout.startswith("gato y")
 
 
-def test_it_tells_where_the_held_out_loss_was_lowest(capsys: pytest.CaptureFixture[str]) -> None:
-    for held_out, told in (([3.0, 2.0, 2.5], True), ([3.0, 2.5, 2.0], False)):
-        report = SimpleNamespace(
-            held_out=list(zip((0, 4, 8), held_out, strict=True)),
-            held_out_tokens=9,
-            steps=8,
-            finished=True,
-        )
-        with open_screen(False) as screen:
-            say_losses(screen, report)
-        assert ("lowest, 2.000, after step 4 of 8" in capsys.readouterr().err) is told
+@pytest.mark.parametrize(
+    ("steps", "held_out", "told"),
+    [
+        (8, [3.0, 2.0, 2.5], "lowest, 2.000, after step 4 of 8"),
+        (8, [3.0, 2.5, 2.0], "8 steps are few"),
+        (80, [3.0, 2.5, 2.0], ""),
+    ],
+)
+def test_it_tells_what_may_lower_the_held_out_loss(
+    capsys: pytest.CaptureFixture[str], steps: int, held_out: list[float], told: str
+) -> None:
+    report = SimpleNamespace(
+        held_out=list(zip((0, steps // 2, steps), held_out, strict=True)),
+        held_out_tokens=9,
+        steps=steps,
+        finished=True,
+    )
+    with open_screen(False) as screen:
+        say_losses(screen, report)
+    note = capsys.readouterr().err
+    assert told in note if told else not note
 
 
 def test_evaluate_agrees_that_the_adapter_helps(byte_dir: Path, data: Path, tmp_path: Path) -> None:

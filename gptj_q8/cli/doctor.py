@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from gptj_q8.doctor import Advice, Backend, Check, Machine, Package, Report, Served
 
 _STYLES = {"problem": "bold red", "slower": "yellow", "optional": None}
-_FOR_GPUS = ("cuda", "triton", "slabs")
+_FOR_GPUS = {
+    "cuda": "for GPUs",
+    "triton": "for GPUs",
+    "slabs": "for GPUs: PyTorch's product of many rows, with decoded parts of the weight",
+}
 
 
 def doctor_command(json: options.AsJson = False) -> None:
@@ -77,7 +81,7 @@ def _show_backends(screen: Screen, backends: list[Backend], has_gpu: bool) -> No
 
 def _state(backend: Backend, has_gpu: bool) -> str:
     if backend.name in _FOR_GPUS and not has_gpu:
-        return "for GPUs"
+        return _FOR_GPUS[backend.name]
     if backend.name == "reference":
         return "plain PyTorch, where nothing else serves"
     sets = backend.instruction_sets

@@ -29,6 +29,7 @@ _USUAL = Settings()
 # for each other can make it a hundred times as slow. OMP_NUM_THREADS overrules this.
 SMALL = 20_000_000
 _LINES = 20  # of progress, where no bar can be shown
+FEW_STEPS = 50  # below which adapters at the usual learning rate hardly move a model
 
 
 def finetune_command(
@@ -257,7 +258,7 @@ def say_report(screen: Screen, report: Report) -> None:
 
 
 def say_losses(screen: Screen, report: Report) -> None:
-    """Prints the held-out loss before and after, and where it was lowest if that was between."""
+    """Prints the held-out loss before and after, and what may make it lower."""
     before, after = report.held_out[0][1], report.held_out[-1][1]
     change = 100 * (after / before - 1)
     rows = [
@@ -270,6 +271,11 @@ def say_losses(screen: Screen, report: Report) -> None:
         screen.note(
             f"It was lowest, {lowest:.3f}, after step {step} of {report.steps}: fewer steps or a "
             "lower learning rate may do better."
+        )
+    elif report.finished and report.steps < FEW_STEPS:
+        screen.note(
+            f"{report.steps} steps are few: more of them (--epochs, or a lower --sequence-length) "
+            "or a higher --lr may do better."
         )
 
 

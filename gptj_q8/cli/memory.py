@@ -56,7 +56,8 @@ def memory_command(
             found = estimate(config, setting)
         room = round(device_memory * GB)
         fits = found.total <= room
-        screen.heading(f"{model}: {batch} x {tokens} tokens, rank {rank}, on {device}")
+        place = "a GPU (--device cpu: on a CPU)" if device == "cuda" else "a CPU"
+        screen.heading(f"{model}: {batch} x {tokens} tokens, rank {rank}, on {place}")
         parts = [
             *((name, size, "all the time") for name, size in found.standing.items()),
             *((name, size, "in passing") for name, size in found.passing.items()),
