@@ -31,8 +31,10 @@ TORCH_TARGET = "0x020a000000000000"
 X86 = ("x86_64", "amd64")
 ARM = ("aarch64", "arm64")
 _AVX512BW = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mbmi2"
+_AVX512 = f"{_AVX512BW} -mavx512vbmi -mavx512bf16"
 INSTRUCTION_SETS = {
-    "avx512": (X86, f"{_AVX512BW} -mavx512vbmi -mavx512bf16"),
+    "amx": (X86, f"{_AVX512} -mamx-tile -mamx-bf16"),
+    "avx512": (X86, _AVX512),
     "avx512bw": (X86, _AVX512BW),
     "avx2": (X86, "-mavx2 -mfma -mf16c"),
     "neon": (ARM, ""),

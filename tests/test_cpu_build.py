@@ -18,6 +18,7 @@ from gptj_q8 import backends
 from gptj_q8.backends import cpu
 
 LIBRARY = ROOT / "gptj_q8" / "_cpu.abi3.so"
+EMULATED_TILES = f'-DQ8_TILES="{ROOT / "tests" / "tiles_on_cpu.h"}"'
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
@@ -32,9 +33,10 @@ GATED = {
         r"|\t(pext|pdep|bzhi|mulx|rorx|sarx|shlx|shrx)\b"  # BMI2
     ),
     "avx512": r"\t(vperm[it]?2?b|vpmultishiftqb|vdpbf16ps|vcvtne\w*bf16\w*)\b",
+    "amx": r"\t(t(dp|ile)|ldtile|sttile)",
 }
-# Nobody has these: gathers are slow, and AMX and half-precision arithmetic are not chosen at all.
-NEVER = r"\tvp?gather|\tt(dp|ile)|\tv\w+(ph|sh)\b(?<!\tvcvtps2ph)(?<!\tvcvtph2ps)"
+# Nobody has these: gathers are slow, and half-precision arithmetic is not chosen at all.
+NEVER = r"\tvp?gather|\tv\w+(ph|sh)\b(?<!\tvcvtps2ph)(?<!\tvcvtph2ps)"
 
 
 def test_only_gated_files_hold_gated_instructions() -> None:
@@ -53,7 +55,7 @@ def test_only_gated_files_hold_gated_instructions() -> None:
     for line in listing.splitlines():
         if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             function = heading[1]
-            named = re.search(r"\b(avx\w+)::", function)
+            named = re.search(r"\b(avx\w+|amx)::", function)
             isa = named[1] if named else "portable"
             continue
         instruction = line.partition("#")[0].partition("<")[0]
@@ -62,7 +64,7 @@ def test_only_gated_files_hold_gated_instructions() -> None:
             if re.search(pattern, instruction):
                 assert rank <= allowed, f"{function} holds an instruction of {name}: {line}"
                 found[name].add(isa)
-        if re.search(r"\t[vt]", instruction):  # most are neither, and this loop is long
+        if "\tv" in instruction:  # most are not, and this loop is long
             assert not re.search(NEVER, instruction), f"{function}: {line}"
     for name in set(cpu.instruction_sets()) & set(GATED):
         assert name in found[name], f"{name} uses none of its own instructions"
@@ -108,11 +110,28 @@ def test_the_compiler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> N
         assert settings.cxx() == expected
 
 
+def test_amx_kernels_on_a_cpu_without_amx(tmp_path: Path) -> None:
+    """Their tile instructions done by tiles_on_cpu.h."""
+    settings, isas = build_settings(), cpu.instruction_sets()
+    if "amx" in isas:
+        pytest.skip("this CPU has AMX, and the matrix of ops tests it")
+    if "avx512" not in isas:
+        pytest.skip("the AMX kernels also need AVX-512 with VBMI and BF16")
+    if shutil.which(settings.cxx()[0]) is None:
+        pytest.skip(f"no compiler {settings.cxx()[0]}")
+    driver = build_driver(settings.cxx(), ["amx", "avx512"], tmp_path, ["-O1", EMULATED_TILES])
+    done = subprocess.run([driver, "amx"], capture_output=True, text=True, check=False)
+    assert "amx: 0 failures" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     settings = build_settings()
     if shutil.which(settings.cxx()[0]) is None:
         pytest.skip(f"no compiler {settings.cxx()[0]}")
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Werror"]
-    isas = [name for name in cpu.instruction_sets() if name != "portable"]
+    isas = [name for name in cpu.instruction_sets() if name not in ("portable", "amx")]
+    if "avx512" in isas:
+        isas.append("amx")  # emulated, for sanitizers do not see what tile instructions touch
+        flags.append(EMULATED_TILES)
     subprocess.run([build_driver(settings.cxx(), isas, tmp_path, flags)], check=True)

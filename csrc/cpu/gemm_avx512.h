@@ -1,6 +1,6 @@
 // c[M, cols] = a[M, depth] @ B[depth, cols] in float32, B decoded a panel at a time.
 //
-// A panel is 64 columns of B times up to kSteps steps of the reduction, 128 KB that stay in the
+// A panel is 64 columns of B times up to P::kSteps steps of the reduction, 128 KB that stay in the
 // L2 cache while all M rows of `a` go past it: panel[step][column], each entry 4 bytes, one
 // float32 or a pair of bfloat16 that follow each other along the reduction. One piece of work
 // owns whole panels, so the order of additions does not depend on the number of threads. The
@@ -16,14 +16,19 @@
 namespace gptj_q8::Q8_ISA {
 
 constexpr int kColumns = 64;
-constexpr int kSteps = 512;
 constexpr int kTileRows = 6;
 // Rows of `a` that share one decoding: c then takes 128 KB, next to a panel's 128 KB.
 constexpr int64_t kRowsPerPass = 512;
 
+// 16 columns are a group. at() says where a group of a step lies in a panel.
 struct FloatPanel {
   using A = float;
   static constexpr int kWidth = 1;
+  static constexpr int kSteps = 512;
+
+  static Q8_INLINE uint32_t* at(uint32_t* panel, int64_t step, int group) {
+    return panel + step * kColumns + group * 16;
+  }
 
   static Q8_INLINE __m512i broadcast(const float* a) {
     return _mm512_castps_si512(_mm512_set1_ps(*a));
@@ -39,6 +44,11 @@ constexpr bool kHasBf16 = true;
 struct Bf16Panel {
   using A = bf16;
   static constexpr int kWidth = 2;
+  static constexpr int kSteps = 512;
+
+  static Q8_INLINE uint32_t* at(uint32_t* panel, int64_t step, int group) {
+    return FloatPanel::at(panel, step, group);
+  }
 
   static Q8_INLINE __m512i broadcast(const bf16* a) {
     int32_t pair;
@@ -70,7 +80,7 @@ using PanelOf = FloatPanel;
 
 // The reduction elements of one panel.
 template <class P>
-constexpr int64_t kDepth = kSteps * P::kWidth;
+constexpr int64_t kDepth = int64_t{P::kSteps} * P::kWidth;
 
 template <class P, int Rows>
 Q8_INLINE void tile(const typename P::A* a, int64_t stride, const uint32_t* panel, int64_t steps,
@@ -110,18 +120,25 @@ void multiply_panel(const typename P::A* a, int64_t stride, int64_t rows, const 
   });
 }
 
-// fill(column, begin, end, panel) decodes B[begin:end, column:column + 64].
+// Where a panel begins in B.
+struct Place {
+  int64_t column, begin;
+};
+
+// fill(place, end, next, panel) decodes B[place.begin:end, place.column:place.column + 64]; `next`
+// is the panel to come, for prefetching.
 template <class P, class T, class Fill>
 void multiply(const Pool& pool, const typename P::A* a, int64_t rows, int64_t depth, int64_t cols,
               const Fill& fill, const float* bias, T* out) {
   auto run_panels = [&](int64_t begin, int64_t end) {
-    Scratch<uint32_t> panel(kSteps * kColumns);
+    Scratch<uint32_t> panel(P::kSteps * kColumns);
     Scratch<float> c(rows * kColumns);
     for (int64_t column = begin * kColumns; column < min_of(cols, end * kColumns);
          column += kColumns) {
       for (int64_t r = 0; r < depth; r += kDepth<P>) {
         const int64_t stop = min_of(depth, r + kDepth<P>);
-        fill(column, r, stop, panel.data());
+        const Place next = stop < depth ? Place{column, stop} : Place{column + kColumns, 0};
+        fill({column, r}, stop, next, panel.data());
         multiply_panel<P>(a + r, depth, rows, panel.data(), (stop - r) / P::kWidth, r == 0,
                           c.data());
       }

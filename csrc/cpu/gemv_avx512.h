@@ -5,10 +5,12 @@
 // call, padded with zeros to whole registers. product_avx512.h multiplies. The caller has made sure
 // that scale_can_wait.
 // Why this shape: at M = 1 the codes stream from memory once and everything else must hide behind
-// that: 12 instructions decode 64 codes and 2 multiply them, for each part of x. One row at a time
-// is one stream that runs through memory in order, as a read loop does; four at a time reached 0.78
-// of the read loop here, one 0.93 (Zen 5, 4096 x 4096, one thread). Columns are taken so many at a
-// time that x stays in the L1 cache.
+// that: 12 instructions decode 64 codes and 2 multiply them, for each part of x. How many rows of W
+// one row of x meets at a time is the caller's choice, AtOnce, for it depends on the machine: one
+// row is one stream that runs through memory in order, as a read loop does, and four reached 0.78
+// of the read loop where one reached 0.93 (Zen 5, 4096 x 4096, one thread); an Intel Xeon with AMX
+// fetches several streams faster, at 1.06 for four, 1.00 for two and 0.64 for one (two threads,
+// median ms 0.64, 0.68, 1.07). Columns are taken so many at a time that x stays in the L1 cache.
 #pragma once
 
 #include "product_avx512.h"
@@ -121,7 +123,7 @@ Q8_INLINE void add_rows(const Product& product, const Weight& w, int64_t n, int6
 }
 
 // y[0:M, begin:end], y rows N apart; at most kStrip rows of W.
-template <int M, bool Whole, class Product, class T>
+template <int AtOnce, int M, bool Whole, class Product, class T>
 void few_strip(const Product& in_memory, const typename Product::X* x, int64_t stride,
                const Weight& w, const float* bias, int64_t begin, int64_t end, T* y) {
   const Product product = in_memory;  // in registers
@@ -129,7 +131,7 @@ void few_strip(const Product& in_memory, const typename Product::X* x, int64_t s
   constexpr int64_t kColumnsAtOnce =
       kBytesOfX / kElement < 4096 ? 4096 : kBytesOfX / kElement / 4096 * 4096;
   // Two rows of W share the loads of several rows of x, as long as the registers hold it all.
-  constexpr int R = M > 1 && M <= 4 && Product::kPairs ? 2 : 1;
+  constexpr int R = M > 4 || !Product::kPairs ? 1 : M > 1 ? 2 : AtOnce;
   const bool in_step = Whole && w.cols % (int64_t{1} << w.block_shift) == 0;
   const int64_t ahead = ceil_div(kAhead, min_of(w.cols, kColumnsAtOnce) * R) * R;
   const int64_t count = end - begin;
@@ -163,9 +165,9 @@ void few_strip(const Product& in_memory, const typename Product::X* x, int64_t s
 
 // Passes of about equal size, each with at most kMaxRows rows of x; a strip of W that fits the L2
 // cache sees all of them before the next strip comes.
-template <class Product, int kMaxRows, class T>
-void linear_few(const Pool& pool, const T* x, int64_t rows, const Weight& w, const float* bias,
-                T* y) {
+template <int AtOnce, class Product, int kMaxRows, class T>
+void few_rows(const Pool& pool, const T* x, int64_t rows, const Weight& w, const float* bias,
+              T* y) {
   const ArrangedX<Product> arranged(x, rows, w.cols);
   const int64_t size = ceil_div(rows, ceil_div(rows, kMaxRows));
   const bool whole = w.cols % 64 == 0;
@@ -177,14 +179,27 @@ void linear_few(const Pool& pool, const T* x, int64_t rows, const Weight& w, con
       for (int64_t m = 0; m < rows; m += size) {
         with_count<kMaxRows>(min_of(size, rows - m), [&](auto count) {
           constexpr int M = decltype(count)::value;
-          const auto strip_of =
-              whole ? few_strip<M, true, Product, T> : few_strip<M, false, Product, T>;
+          const auto strip_of = whole ? few_strip<AtOnce, M, true, Product, T>
+                                      : few_strip<AtOnce, M, false, Product, T>;
           strip_of(product, arranged.row(m), arranged.stride, w, bias, n, stop, y + m * w.rows);
         });
       }
     }
   };
   parallel(pool, w.rows, 1 + 65536 / w.cols, run_rows);
+}
+
+// By the Product that is fastest for T and the levels, and exact enough.
+template <int AtOnce, bool Wide, class T>
+void linear_few(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
+#if defined(__AVX512BF16__)
+  if constexpr (!(std::is_same_v<T, float> && Wide)) {  // that would miss 1e-5
+    constexpr int kParts = std::is_same_v<T, bf16> ? 1 : 2;
+    using Product = Bf16Product<kParts, Wide>;
+    return few_rows<AtOnce, Product, kParts == 1 ? 4 : 3>(pool, x, a.m, a.weight, a.bias, y);
+  }
+#endif
+  few_rows<AtOnce, FloatProduct<Wide>, 4>(pool, x, a.m, a.weight, a.bias, y);
 }
 
 }  // namespace gptj_q8::Q8_ISA

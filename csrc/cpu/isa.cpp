@@ -3,6 +3,12 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(Q8_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gptj_q8 {
 namespace {
 
@@ -34,6 +40,21 @@ bool always() {
   return has_avx512bw() && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512bf16");
 }
+
+#if defined(Q8_HAVE_AMX)
+// Linux saves the tile registers of processes that have asked for them, and of no others.
+bool has_amx() {
+#if defined(Q8_TILES)
+  return has_avx512();
+#else
+  constexpr int kAskForPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+#endif
+}
+#endif
 #endif
 
 struct Isa {
@@ -43,6 +64,11 @@ struct Isa {
 
 // Best first. setup.py defines Q8_HAVE_<ISA> for those it compiles.
 const Isa kIsas[] = {
+#if defined(Q8_HAVE_AMX)
+    {{"amx", avx512::quantize, avx512::histogram, avx512::dequantize, avx512::embedding,
+      amx::linear, amx::linear_grad_input, avx512::adam_step},
+     has_amx},
+#endif
 #if defined(Q8_HAVE_AVX512)
     {Q8_KERNELS(avx512), has_avx512},
 #endif

@@ -79,4 +79,10 @@ Q8_DECLARE_KERNELS(avx2)
 Q8_DECLARE_KERNELS(avx512bw)
 Q8_DECLARE_KERNELS(avx512)
 
+// The products alone; the other functions are avx512's.
+namespace amx {
+void linear(const LinearArgs&, const Pool&);
+void linear_grad_input(const LinearGradInputArgs&, const Pool&);
+}  // namespace amx
+
 }  // namespace gptj_q8

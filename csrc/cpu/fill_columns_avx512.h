@@ -1,0 +1,72 @@
+// Fills panels of gemm_avx512.h for linear_grad_input: rows of W already lie along the registers,
+// so that it needs no transposition, only neighbouring rows side by side for pairs.
+#pragma once
+
+#include "gemm_avx512.h"
+
+namespace gptj_q8::Q8_ISA {
+
+// 64 columns of one row of W, scaled; a row past the end is zeros.
+template <bool Wide>
+Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, int64_t k,
+                          __m512 (&out)[4]) {
+  if (n >= w.rows) {
+    for (__m512& v : out) v = _mm512_setzero_ps();
+    return;
+  }
+  const int64_t flat = n * w.cols + k;
+  const int64_t count = min_of(64, w.cols - k);
+  const __m512i raw = _mm512_maskz_loadu_epi8(first64(count), w.codes + flat);
+  table.decode<Wide>(order32(raw), out);
+  const int64_t block = block_of(flat, w.block_shift);
+  if (block == block_of(flat + count - 1, w.block_shift)) {
+    const __m512 scale = _mm512_set1_ps(w.absmax[block]);
+    for (__m512& v : out) v = _mm512_mul_ps(v, scale);
+    return;
+  }
+  if (flat % 16 == 0) {  // blocks end between registers
+    for (int q = 0; q < 4; ++q) {
+      const int64_t inside = min_of(flat + 16 * q, flat + count - 1);
+      out[q] = _mm512_mul_ps(out[q], _mm512_set1_ps(w.absmax[block_of(inside, w.block_shift)]));
+    }
+    return;
+  }
+  alignas(64) float scale[64] = {};
+  for (int64_t i = 0; i < count; ++i) scale[i] = w.absmax[block_of(flat + i, w.block_shift)];
+  for (int q = 0; q < 4; ++q) out[q] = _mm512_mul_ps(out[q], _mm512_load_ps(scale + 16 * q));
+}
+
+template <class P, bool Wide>
+struct FillColumns {
+  const Weight& w;
+
+  // panel[n][0:64] = W[begin + n, k:k + 64]
+  void operator()(Place place, int64_t end, Place, uint32_t* panel) const {
+    const auto [k, begin] = place;
+    const FloatTable table(w.codebook);
+    // Each row is one cache line of another page, which no hardware prefetcher follows.
+    constexpr int64_t kAhead = 16;
+    for (int64_t n = begin; n < end; n += P::kWidth) {
+      const int64_t step = (n - begin) / P::kWidth;
+      for (int64_t i = 0; i < P::kWidth; ++i) {
+        const int64_t ahead = min_of(n + i + kAhead, w.rows - 1);
+        _mm_prefetch(reinterpret_cast<const char*>(w.codes + ahead * w.cols + k), _MM_HINT_T0);
+      }
+      __m512 even[4];
+      decode_row<Wide>(table, w, n, k, even);
+      if constexpr (P::kWidth == 2) {
+        __m512 odd[4];
+        decode_row<Wide>(table, w, n + 1, k, odd);
+        for (int q = 0; q < 4; ++q) {
+          _mm512_store_si512(P::at(panel, step, q), P::pairs(even[q], odd[q]));
+        }
+      } else {
+        for (int q = 0; q < 4; ++q) {
+          _mm512_store_ps(reinterpret_cast<float*>(P::at(panel, step, q)), even[q]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace gptj_q8::Q8_ISA

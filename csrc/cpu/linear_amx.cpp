@@ -1,0 +1,124 @@
+// linear on AMX tiles: y[M, N] = x[M, K] @ W[N, K].T + bias[N].
+//
+// A few rows of x: gemv_avx512.h, as avx512 does, but for the number of rows of W at once. More:
+// the tiles of gemm_amx.h. Where blocks end at the same columns in all rows, panels hold bare
+// levels and sums are scaled; this serves every dtype if bfloat16 holds the levels, else bfloat16
+// alone. Where they do not, panels hold scaled weights rounded to bfloat16, for bfloat16. All else
+// is avx512's.
+#define Q8_ISA amx
+#include "registers_avx512.h"
+
+#include "fill_rows_avx512.h"
+#include "gemm_amx.h"
+#include "gemv_avx512.h"
+
+namespace gptj_q8::amx {
+namespace {
+
+// Up to how many rows of x decoding in registers beats tiles. Xeon with AMX, 4096 x 4096, two
+// threads, ms in registers and in tiles: bfloat16, 4 rows 1.03 and 1.22, 5 rows 1.56 and 1.21;
+// float32, 2 rows 0.99 and 1.27, 3 rows 1.31 and 1.30.
+template <class T>
+constexpr int64_t kFewRows = std::is_same_v<T, bf16> ? 4 : 2;
+// Of W, in registers; see gemv_avx512.h. Levels in two parts leave fewer registers.
+template <bool Wide>
+constexpr int kRowsAtOnce = Wide ? 2 : 4;
+
+// Few rows of x stay in the L2 cache whole; W is read best a panel after another then. 4096 x 4096,
+// two threads, ms with one panel and with eight: 8 rows 1.25 and 1.40, 64 rows 1.80 and 2.06.
+int64_t panels_at_once(int64_t rows) {
+  return rows > 64 ? 8 : 1;
+}
+
+// Levels of W, unscaled; rounded to bfloat16 where they do not fit.
+struct FillLevels {
+  const Weight& w;
+
+  // panel[k][0:64] = levels of W[n:n + 64, begin + k]
+  void operator()(Place place, int64_t end, Place next, uint32_t* panel) const {
+    const Table table(w.codebook, as_bf16);
+    walk_rows<kDepth<TilePanel>>(
+        w, place, end, next, [](int) {},
+        [&](int group, int64_t k, const __m512i(&codes)[4]) {
+          for (int v = 0; v < 4; ++v) {
+            __m512i first, second;
+            decode64(table, codes[v], &first, &second);
+            uint32_t* out = TilePanel::at(panel, (k - place.begin) / 2 + 2 * v, group);
+            _mm512_store_si512(out, first);
+            _mm512_store_si512(out + 16, second);
+          }
+        });
+  }
+
+  // Of rows n to n + 31 at column k; 0 for rows past the end.
+  Q8_INLINE void scales(int64_t n, int64_t k, float* out) const {
+    for (int64_t i = 0; i < kPair; ++i) {
+      out[i] = n + i < w.rows ? w.absmax[block_of((n + i) * w.cols + k, w.block_shift)] : 0.0f;
+    }
+  }
+};
+
+// Columns of W for which every row keeps one scale, from every multiple of it on; at most a run's.
+// Less than a tile's depth: not for tiles.
+int64_t segment_of(const Weight& w) {
+  const int64_t common = w.cols & -w.cols;  // the largest power of two that divides K
+  return min_of(min_of(common, int64_t{1} << w.block_shift), kRun * kTileDepth);
+}
+
+// Whether y is done, which it is not where x is near an end of float32's range.
+template <int Parts, class T>
+bool by_levels(const LinearArgs& a, const Pool& pool, const T* x, T* y, int64_t segment) {
+  const Weight& w = a.weight;
+  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
+    const int64_t rows = min_of(a.m - m, kRowsPerPass);
+    const TiledA<Parts> tiled(pool, x + m * w.cols, rows, w.cols);
+    if (!scale_can_wait(tiled.largest)) return false;
+    multiply_tiles<true>(pool, tiled, rows, w.cols, w.rows, panels_at_once(rows), FillLevels{w},
+                         segment, a.bias, y + m * w.rows);
+  }
+  return true;
+}
+
+template <bool Wide>
+void by_values(const LinearArgs& a, const Pool& pool, const bf16* x, bf16* y) {
+  const Weight& w = a.weight;
+  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
+    const int64_t rows = min_of(a.m - m, kRowsPerPass);
+    const TiledA<1> tiled(pool, x + m * w.cols, rows, w.cols);
+    multiply_tiles<false>(pool, tiled, rows, w.cols, w.rows, panels_at_once(rows),
+                          FillRows<TilePanel, Wide>(w), kRun * kTileDepth, a.bias, y + m * w.rows);
+  }
+}
+
+// Whether y is done.
+template <bool Wide, class T>
+bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
+  constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  const Weight& w = a.weight;
+  if (a.m <= kFewRows<T>) {
+    if (!scale_can_wait(max_abs(x, a.m * w.cols))) return false;
+    linear_few<kRowsAtOnce<Wide>, Wide>(a, pool, x, y);
+    return true;
+  }
+  const int64_t segment = segment_of(w);
+  if constexpr (kBf16 || !Wide) {
+    if (segment >= kTileDepth) return by_levels<kBf16 ? 1 : 2>(a, pool, x, y, segment);
+  }
+  if constexpr (kBf16) by_values<Wide>(a, pool, x, y);
+  return kBf16;
+}
+
+}  // namespace
+
+void linear(const LinearArgs& a, const Pool& pool) {
+  const bool exact = bf16_exact(a.weight.codebook);
+  bool done = false;
+  with_type(a.dtype, [&](auto* t) {
+    const auto* x = typed(a.x, t);
+    auto* y = typed(a.y, t);
+    done = exact ? linear_typed<false>(a, pool, x, y) : linear_typed<true>(a, pool, x, y);
+  });
+  if (!done) avx512::linear(a, pool);
+}
+
+}  // namespace gptj_q8::amx

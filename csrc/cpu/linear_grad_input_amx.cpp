@@ -1,0 +1,37 @@
+// linear_grad_input on AMX tiles: dx[M, K] = dy[M, N] @ W[N, K], for more than a few rows of
+// bfloat16 dy; scales change along the reduction, so panels hold scaled weights rounded to
+// bfloat16. All else is avx512's.
+#define Q8_ISA amx
+#include "registers_avx512.h"
+
+#include "fill_columns_avx512.h"
+#include "gemm_amx.h"
+
+namespace gptj_q8::amx {
+namespace {
+
+// Rows of dy up to which avx512's kernel for a few rows is faster.
+constexpr int64_t kFewRows = 4;
+// Neighbours read the same pages of W. 4096 x 4096, 64 rows, two threads: 3.6 ms one by one, 3.3.
+constexpr int64_t kPanelsAtOnce = 8;
+
+}  // namespace
+
+void linear_grad_input(const LinearGradInputArgs& a, const Pool& pool) {
+  if (a.dtype != DType::bfloat16 || a.m <= kFewRows) return avx512::linear_grad_input(a, pool);
+  const Weight& w = a.weight;
+  const auto* dy = static_cast<const bf16*>(a.dy);
+  auto* dx = static_cast<bf16*>(a.dx);
+  const bool exact = bf16_exact(w.codebook);
+  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
+    const int64_t rows = min_of(a.m - m, kRowsPerPass);
+    const TiledA<1> tiled(pool, dy + m * w.rows, rows, w.rows);
+    const auto run = [&](const auto& fill) {
+      multiply_tiles<false>(pool, tiled, rows, w.rows, w.cols, kPanelsAtOnce, fill,
+                            kRun * kTileDepth, nullptr, dx + m * w.cols);
+    };
+    exact ? run(FillColumns<TilePanel, false>{w}) : run(FillColumns<TilePanel, true>{w});
+  }
+}
+
+}  // namespace gptj_q8::amx
