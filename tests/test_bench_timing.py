@@ -168,11 +168,13 @@ def test_whole_models_take_turns_after_a_call_that_does_not_count(
 
 def test_copies_outgrow_the_cache_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cold, "last_level_cache", lambda device: 100)
+    monkeypatch.setattr(cold, "total_memory", lambda device: 10_000)
     monkeypatch.setattr(cold, "free_memory", lambda device: 10_000)
     assert cold.copies_for(90, CPU) * 90 > 400
     assert cold.copies_for(5000, CPU) == 1
-    monkeypatch.setattr(cold, "free_memory", lambda device: 800)
-    assert cold.copies_for(90, CPU) == 2
+    for free in (3300, 2500, 0):  # a quarter of all stays free
+        monkeypatch.setattr(cold, "free_memory", lambda device, free=free: free)
+        assert cold.copies_for(90, CPU) == (2 if free == 3300 else 1)
     assert cold.copies_for(1, CPU) <= cold.MOST_COPIES
 
 
