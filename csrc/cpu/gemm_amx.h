@@ -1,19 +1,18 @@
 // c[M, cols] = a[M, depth] @ B[depth, cols] on AMX tiles, B decoded a panel at a time.
 //
 // A panel is 64 columns of B times up to 512 of the reduction in bfloat16, as two pairs of columns
-// of tiles. A run of a pair, 256 of the reduction and 16 KB, stays in the L1 cache while all rows of
-// `a` go past it. `a` is copied once into tiles that lie in the order of use; float32 and float16
-// become two parts in bfloat16 (high + low, to 2^-18). One piece of work owns whole columns, so the
-// order of additions does not depend on the number of threads.
-// Two kinds of panel: values (Levels = false), or levels whose scale is the same for `segment` of
-// the reduction (Levels = true): then sums of a segment are scaled and added to c. That costs 32
-// bytes read and written for each element of c and segment, done between the tile instructions of
-// the next one, which leave the vector units idle; and it saves scaling and rounding the weights,
-// and keeps their levels exact.
-// Why this shape: 32 by 32 of c are four registers, and 32 of the reduction are four loads and four
-// products of 16 cycles each, the loads of `a` from the L2 cache at 32 bytes a cycle. Reached so, one
-// core of a Xeon with AMX, random numbers: tiles alone from L1 2.9 TFLOP/s, from L2 2.1, a run with
-// its scales 1.8 (1.55 with 512 of the reduction in a run).
+// of tiles. A run of a pair, 256 of the reduction and 16 KB, stays in the L1 cache while all rows
+// of `a` go past it. `a` is copied once into tiles that lie in the order of use; float32 and
+// float16 become two parts in bfloat16 (high + low, to 2^-18). One piece of work owns whole
+// columns, so the order of additions does not depend on the number of threads. Two kinds of panel:
+// values (Levels = false), or levels whose scale is the same for `segment` of the reduction (Levels
+// = true): then sums of a segment are scaled and added to c. That costs 32 bytes read and written
+// for each element of c and segment, done between the tile instructions of the next one, which
+// leave the vector units idle; and it saves scaling and rounding the weights, and keeps their
+// levels exact. Why this shape: 32 by 32 of c are four registers, and 32 of the reduction are four
+// loads and four products of 16 cycles each, the loads of `a` from the L2 cache at 32 bytes a
+// cycle. Reached so, one core of a Xeon with AMX, random numbers: tiles alone from L1 2.9 TFLOP/s,
+// from L2 2.1, a run with its scales 1.8 (1.55 with 512 of the reduction in a run).
 #pragma once
 
 #include "gemm_avx512.h"
