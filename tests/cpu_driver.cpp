@@ -1,6 +1,6 @@
 // Runs every CPU kernel on heap buffers of exactly the right size, without Python or PyTorch, and
 // compares with plain loops in double. Built with AddressSanitizer and UndefinedBehaviorSanitizer
-// by test_cpu.py, so that one byte read or written outside a buffer ends it.
+// by test_cpu_build.py, so that one byte read or written outside a buffer ends it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -174,10 +174,10 @@ int main(int count, char** names) {
     return count == 1 || std::any_of(names + 1, names + count,
                                      [&](const char* name) { return !std::strcmp(name, isa); });
   };
-  const int64_t shapes[][3] = {{1, 1, 1},    {2, 3, 5},     {3, 7, 33},    {4, 65, 100},
-                               {5, 17, 257}, {13, 66, 130}, {7, 130, 64},  {70, 5, 1030},
-                               {6, 64, 512}, {1, 9, 4500},  {4, 12, 256},  {16, 40, 1100},
-                               {5, 33, 64},  {33, 97, 832}, {81, 20, 1056}};
+  const int64_t shapes[][3] = {
+      {1, 1, 1},    {2, 3, 5},     {3, 7, 33},     {4, 65, 100},   {5, 17, 257},   {13, 66, 130},
+      {7, 130, 64}, {70, 5, 1030}, {6, 64, 512},   {1, 9, 4500},   {4, 12, 256},   {16, 40, 1100},
+      {5, 33, 64},  {33, 97, 832}, {81, 20, 1056}, {66, 1300, 96}, {520, 130, 100}};
   for (int i = 0; usable_isa(i) != nullptr; ++i) {
     if (!wanted(usable_isa(i))) continue;
     select_isa(usable_isa(i));

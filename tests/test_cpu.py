@@ -26,10 +26,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def every_op(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> list[Tensor]:
+def every_op(
+    m: int, n: int, k: int, block_size: int, dtype: torch.dtype, name: str
+) -> list[Tensor]:
     """The results of all ops on one fixed random case, larger than one thread's share of work."""
     generator = torch.Generator().manual_seed(0)
-    table = TABLES["arbitrary"]()
+    table = TABLES[name]()
     weight = torch.randn(n, k, generator=generator).to(dtype)
     x = torch.randn(m, k, generator=generator).to(dtype)
     dy = torch.randn(m, n, generator=generator).to(dtype)
@@ -65,15 +67,21 @@ def test_an_instruction_set_can_be_forced() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1300, 200), (4, 1300, 192), (11, 800, 333)])
-def test_thread_count_changes_no_bit(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "k", "table"),
+    [(1, 1300, 200, "arbitrary"), (4, 1300, 192, "arbitrary"), (11, 800, 333, "arbitrary")]
+    + [(1, 1022, 1024, "gaussian"), (70, 606, 256, "gaussian")],
+)
+def test_thread_count_changes_no_bit(
+    m: int, n: int, k: int, table: str, dtype: torch.dtype, isa: str
+) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = every_op(m, n, k, 64, dtype)
+        one = every_op(m, n, k, 64, dtype, table)
         for count in (2, 3):
             torch.set_num_threads(count)
-            several = every_op(m, n, k, 64, dtype)
+            several = every_op(m, n, k, 64, dtype, table)
             assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
     finally:
         torch.set_num_threads(threads)
@@ -106,8 +114,8 @@ class GuardedPages:
 )
 def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     pages = GuardedPages()
-    for block_size in (32, 256):
-        w = random_quantized(n, k, block_size, "arbitrary")
+    for block_size, table in ((32, "arbitrary"), (256, "gaussian")):
+        w = random_quantized(n, k, block_size, table)
         parts = [pages.copy(part) for part in w.parts]
         x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
         weight = torch.randn(n, k).to(dtype)

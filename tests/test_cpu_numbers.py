@@ -161,12 +161,18 @@ def test_products_of_random_shapes(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [257, 513, 1030])
-def test_more_rows_than_one_pass_takes(m: int, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize(
+    ("m", "k", "table"),
+    [(257, 129, "arbitrary"), (513, 129, "arbitrary"), (1030, 129, "arbitrary")]
+    + [(577, 96, "gaussian"), (513, 576, "gaussian")],
+)
+def test_more_rows_than_one_pass_takes(
+    m: int, k: int, table: str, dtype: torch.dtype, isa: str
+) -> None:
     """256 or 512 rows of x share one decoding; the last pass may be a single row."""
-    w = random_quantized(70, 129, 64, "arbitrary")
+    w = random_quantized(70, k, 64, table)
     generator = torch.Generator().manual_seed(m)
-    x = torch.randn(m, 129, generator=generator).to(dtype)
+    x = torch.randn(m, k, generator=generator).to(dtype)
     dy = torch.randn(m, 70, generator=generator).to(dtype)
     y = cpu.linear(x, *w.parts, None, 64)
     dx = cpu.linear_grad_input(dy, *w.parts, 64)
@@ -237,3 +243,39 @@ def test_weights_that_are_not_finite_do_not_crash(isa: str) -> None:
     codes, absmax = cpu.quantize(weight, table, 32)
     cpu.histogram(weight, 32, 64)
     cpu.dequantize(codes, absmax, table, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 64, 100])
+def test_errors_of_levels_do_not_add_up(m: int, isa: str) -> None:
+    """Every weight has the same code, whose level bfloat16 does not hold, times a scale such that
+    it holds the weight. A level that were rounded before it is scaled would err alike in all.
+    """
+    table = codebooks.dynamic()
+    code = 93
+    w = torch.ones(256, 512, dtype=torch.float64)
+    w.view(-1, 256)[:, 7] = 1 / table[code].abs().double()
+    codes, absmax = cpu.quantize(w.float(), table, 256)
+    decoded = table[codes.long()].double() * absmax.double().repeat_interleave(256).view(256, 512)
+    x = torch.randn(m, 512, generator=torch.Generator().manual_seed(m)).bfloat16()
+    x[:, 7::256] = 0
+    y = cpu.linear(x, codes, absmax, table, None, 256)
+    check_product(y, F.linear(x, decoded.bfloat16()), x.double() @ decoded.T)
+
+
+@pytest.mark.parametrize("k", [40, 41, 64])
+def test_scales_near_the_largest_float_do_not_reach_other_weights(k: int, isa: str) -> None:
+    """In bfloat16 a level of -1 at such a scale is infinite; no weight here has it."""
+    n = 200
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(100, 150, (n, k), generator=generator, dtype=torch.uint8)
+    absmax = torch.ones(-(-n * k // 32))
+    absmax[3::50] = 3.4e38
+    table = TABLES["gaussian"]()
+    w = table[codes.long()].double() * absmax.double().repeat_interleave(32)[: n * k].view(n, k)
+    for m in (1, 8, 40):
+        x = torch.randn(m, k, generator=generator).bfloat16() / 256
+        y = cpu.linear(x, codes, absmax, table, None, 32)
+        check_product(y, F.linear(x, w.bfloat16()), x.double() @ w.T)
+        dy = torch.randn(m, n, generator=generator).bfloat16() / 256
+        dx = cpu.linear_grad_input(dy, codes, absmax, table, 32)
+        check_product(dx, dy @ w.bfloat16(), dy.double() @ w)

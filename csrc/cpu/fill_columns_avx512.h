@@ -42,7 +42,7 @@ struct FillColumns {
 
   // panel[n][0:64] = W[begin + n, k:k + 64]
   void operator()(Place place, int64_t end, Place, uint32_t* panel) const {
-    const auto [k, begin] = place;
+    const int64_t k = place.column, begin = place.begin;
     const FloatTable table(w.codebook);
     // Each row is one cache line of another page, which no hardware prefetcher follows.
     constexpr int64_t kAhead = 16;

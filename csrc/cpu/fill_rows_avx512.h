@@ -86,7 +86,7 @@ Q8_INLINE void transpose_pairs(const uint8_t* rows, int64_t stride, __m512i (&ou
 template <int64_t Depth, class Before, class Emit>
 Q8_INLINE void walk_rows(const Weight& w, Place place, int64_t end, Place next,
                          const Before& before, const Emit& emit) {
-  const auto [n, begin] = place;
+  const int64_t n = place.column, begin = place.begin;
   // One row after another into local memory first: reading 16 rows in turn, 4096 bytes apart,
   // would throw each other's cache lines out.
   constexpr int64_t kStride = Depth + 64;
@@ -136,7 +136,7 @@ struct FillRows {
 
   // panel[k][0:64] = W[n:n + 64, begin + k]
   void operator()(Place place, int64_t end, Place next, uint32_t* panel) const {
-    const auto [n, begin] = place;
+    const int64_t n = place.column, begin = place.begin;
     const FloatTable table(w.codebook);
     Scales scales;
     int64_t scaled_to = 0;  // the scales in hand serve columns below this one
@@ -159,9 +159,21 @@ struct FillRows {
             }
           }
         });
+    // Zeros meet these columns in the other factor, which an Inf would make NaN.
+    for (int64_t k = min_of(end, w.cols); k < end; ++k) {
+      for (int group = 0; group < kColumns / kGroup; ++group) {
+        clear(P::at(panel, (k - begin) / P::kWidth, group), (k - begin) % P::kWidth);
+      }
+    }
   }
 
  private:
+  // Entry `part` of those that lie side by side.
+  static Q8_INLINE void clear(uint32_t* out, int64_t part) {
+    constexpr uint32_t kMask = P::kWidth == 1 ? ~uint32_t{0} : 0xffffu;
+    const __m512i others = _mm512_set1_epi32(static_cast<int>(~(kMask << (16 * part))));
+    _mm512_store_si512(out, _mm512_and_si512(_mm512_load_si512(out), others));
+  }
   // Columns `column` and `column + 1` of the chunk at k.
   static Q8_INLINE void store(__m512i upper, __m512i lower, const Scales& scales, int64_t k,
                               int column, int group, uint32_t* panel) {

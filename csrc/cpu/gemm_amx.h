@@ -235,18 +235,17 @@ template <bool Levels, int Parts, class T, class Fill>
 void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int64_t depth,
                     int64_t cols, int64_t at_once, const Fill& fill, int64_t segment,
                     const float* bias, T* out) {
-  constexpr int64_t kChunk = TilePanel::kSteps * TilePanel::kWidth;
+  constexpr int64_t kPanelDepth = kDepth<TilePanel>;
   const int64_t padded_rows = a.blocks * kTile;
   auto run_panels = [&](int64_t begin, int64_t end) {
     const Tiles tiles;
     Scratch<uint32_t> panel(TilePanel::kSteps * kColumns);
     Scratch<float> c(at_once * padded_rows * kColumns);
-    std::memset(panel.data(), 0, TilePanel::kSteps * kColumns * sizeof(uint32_t));
-    alignas(64) float scales[2][kChunk / kTileDepth * kPair];
+    alignas(64) float scales[2][kPanelDepth / kTileDepth * kPair];
     for (int64_t strip = begin; strip < end; strip += at_once) {
       const int64_t last = min_of(end, strip + at_once);
-      for (int64_t k = 0; k < depth; k += kChunk) {
-        const int64_t stop = min_of(depth, k + kChunk);
+      for (int64_t k = 0; k < depth; k += kPanelDepth) {
+        const int64_t stop = min_of(depth, k + kPanelDepth);
         const int64_t steps = ceil_div(stop - k, kTileDepth);
         for (int64_t p = strip; p < last; ++p) {
           const Place next = p + 1 < last   ? Place{(p + 1) * kColumns, k}

@@ -171,11 +171,13 @@ void few_rows(const Pool& pool, const T* x, int64_t rows, const Weight& w, const
   const ArrangedX<Product> arranged(x, rows, w.cols);
   const int64_t size = ceil_div(rows, ceil_div(rows, kMaxRows));
   const bool whole = w.cols % 64 == 0;
+  // In groups of AtOnce, so that the same rows meet x together on any number of threads.
   auto run_rows = [&](int64_t begin, int64_t end) {
     const Product product(w.codebook);
-    const int64_t strip = min_of(kStrip, 1 + 262144 / w.cols);
-    for (int64_t n = begin; n < end; n += strip) {
-      const int64_t stop = min_of(end, n + strip);
+    const int64_t strip = ceil_div(min_of(kStrip, 1 + 262144 / w.cols), AtOnce) * AtOnce;
+    const int64_t last = min_of(w.rows, end * AtOnce);
+    for (int64_t n = begin * AtOnce; n < last; n += strip) {
+      const int64_t stop = min_of(last, n + strip);
       for (int64_t m = 0; m < rows; m += size) {
         with_count<kMaxRows>(min_of(size, rows - m), [&](auto count) {
           constexpr int M = decltype(count)::value;
@@ -186,7 +188,7 @@ void few_rows(const Pool& pool, const T* x, int64_t rows, const Weight& w, const
       }
     }
   };
-  parallel(pool, w.rows, 1 + 65536 / w.cols, run_rows);
+  parallel(pool, ceil_div(w.rows, AtOnce), 1 + 65536 / w.cols / AtOnce, run_rows);
 }
 
 // By the Product that is fastest for T and the levels, and exact enough.

@@ -42,7 +42,9 @@ bool always() {
 }
 
 #if defined(Q8_HAVE_AMX)
-// Linux saves the tile registers of processes that have asked for them, and of no others.
+// Linux saves the tile registers of processes that have asked for them, and of no others. Asking,
+// as PyTorch's own products do too, needs larger stacks for signals from then on (12 KB;
+// sigaltstack refuses smaller ones), and is refused where a thread has a smaller one already.
 bool has_amx() {
 #if defined(Q8_TILES)
   return has_avx512();

@@ -1,10 +1,10 @@
 // linear on AMX tiles: y[M, N] = x[M, K] @ W[N, K].T + bias[N].
 //
 // A few rows of x: gemv_avx512.h, as avx512 does, but for the number of rows of W at once. More:
-// the tiles of gemm_amx.h. Where blocks end at the same columns in all rows, panels hold bare
-// levels and sums are scaled; this serves every dtype if bfloat16 holds the levels, else bfloat16
-// alone. Where they do not, panels hold scaled weights rounded to bfloat16, for bfloat16. All else
-// is avx512's.
+// the tiles of gemm_amx.h. Where bfloat16 holds the levels and blocks end at the same columns in
+// all rows, panels hold bare levels and sums are scaled; this serves every dtype. Else panels hold
+// weights, scaled and then rounded to bfloat16, for bfloat16. (A level rounded before it is scaled
+// would err alike in every weight of that code.) All else is avx512's.
 #define Q8_ISA amx
 #include "registers_avx512.h"
 
@@ -30,7 +30,7 @@ int64_t panels_at_once(int64_t rows) {
   return rows > 64 ? 8 : 1;
 }
 
-// Levels of W, unscaled; rounded to bfloat16 where they do not fit.
+// Levels of W, unscaled.
 struct FillLevels {
   const Weight& w;
 
@@ -101,7 +101,7 @@ bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
     return true;
   }
   const int64_t segment = segment_of(w);
-  if constexpr (kBf16 || !Wide) {
+  if constexpr (!Wide) {
     if (segment >= kTileDepth) return by_levels<kBf16 ? 1 : 2>(a, pool, x, y, segment);
   }
   if constexpr (kBf16) by_values<Wide>(a, pool, x, y);

@@ -37,7 +37,7 @@ class Tiles {
 };
 
 // `stride` bytes from row to row. Not the intrinsics: those of GCC 12 take only literal numbers of
-// registers, and do not tell the compiler that they read and write memory.
+// registers, and its load does not tell the compiler that it reads memory.
 template <int T>
 Q8_INLINE void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
