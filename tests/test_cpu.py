@@ -69,8 +69,13 @@ def test_an_instruction_set_can_be_forced() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "table"),
-    [(1, 1300, 200, "arbitrary"), (4, 1300, 192, "arbitrary"), (11, 800, 333, "arbitrary")]
-    + [(1, 1022, 1024, "gaussian"), (70, 606, 256, "gaussian")],
+    [
+        (1, 1300, 200, "arbitrary"),
+        (4, 1300, 192, "arbitrary"),
+        (11, 800, 333, "arbitrary"),
+        (1, 1022, 1024, "gaussian"),
+        (70, 606, 256, "gaussian"),
+    ],
 )
 def test_thread_count_changes_no_bit(
     m: int, n: int, k: int, table: str, dtype: torch.dtype, isa: str

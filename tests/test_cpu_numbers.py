@@ -163,8 +163,13 @@ def test_products_of_random_shapes(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "table"),
-    [(257, 129, "arbitrary"), (513, 129, "arbitrary"), (1030, 129, "arbitrary")]
-    + [(577, 96, "gaussian"), (513, 576, "gaussian")],
+    [
+        (257, 129, "arbitrary"),
+        (513, 129, "arbitrary"),
+        (1030, 129, "arbitrary"),
+        (577, 96, "gaussian"),
+        (513, 576, "gaussian"),
+    ],
 )
 def test_more_rows_than_one_pass_takes(
     m: int, k: int, table: str, dtype: torch.dtype, isa: str
