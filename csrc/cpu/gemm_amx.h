@@ -2,17 +2,20 @@
 //
 // A panel is 64 columns of B times up to 512 of the reduction in bfloat16, as two pairs of columns
 // of tiles. A run of a pair, 256 of the reduction and 16 KB, stays in the L1 cache while all rows
-// of `a` go past it. `a` is copied once into tiles that lie in the order of use; float32 and
-// float16 become two parts in bfloat16 (high + low, to 2^-18). One piece of work owns whole
-// columns, so the order of additions does not depend on the number of threads. Two kinds of panel:
-// values (Levels = false), or levels whose scale is the same for `segment` of the reduction (Levels
-// = true): then sums of a segment are scaled and added to c. That costs 32 bytes read and written
-// for each element of c and segment, done between the tile instructions of the next one, which
-// leave the vector units idle; and it saves scaling and rounding the weights, and keeps their
-// levels exact. Why this shape: 32 by 32 of c are four registers, and 32 of the reduction are four
-// loads and four products of 16 cycles each, the loads of `a` from the L2 cache at 32 bytes a
-// cycle. Reached so, one core of a Xeon with AMX, random numbers: tiles alone from L1 2.9 TFLOP/s,
-// from L2 2.1, a run with its scales 1.8 (1.55 with 512 of the reduction in a run).
+// of `a` go past it. `a` is copied once into tiles that lie in the order of use, a value of float16
+// as the sum of two in bfloat16, of float32 as that of three, exactly. One piece of work owns whole
+// columns, so the order of additions does not depend on the number of threads.
+//
+// Two kinds of panel: values (Levels = false), or levels whose scale is the same for `segment` of
+// the reduction (Levels = true). Then sums of a segment are scaled and added to c. That costs two
+// loads and two stores of each element of c for each segment, done between the tile instructions
+// of the next one, which leave the vector units idle; and it saves scaling and rounding the
+// weights, and keeps their levels exact.
+//
+// Why this shape: 32 by 32 of c are four registers, and 32 of the reduction are four loads and four
+// products of 16 cycles each, the loads of `a` from the L2 cache at 32 bytes a cycle. Reached so,
+// one core of a Xeon with AMX, random numbers: tiles alone from L1 2.9 TFLOP/s, from L2 2.1, a run
+// with its scales 1.8 (1.55 with 512 of the reduction in a run).
 #pragma once
 
 #include "gemm_avx512.h"
@@ -100,16 +103,17 @@ struct TiledA {
     return _mm512_reduce_max_ps(most);
   }
 
+  // Each part is what bfloat16 holds of what the parts before it lack.
   static Q8_INLINE void store_parts(__m512 low, __m512 high, bf16* row) {
-    const auto upper = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     const auto value = [](__m256i bits) {
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     };
-    const __m512 low_rest = _mm512_sub_ps(low, value(_mm512_castsi512_si256(upper)));
-    const __m512 high_rest = _mm512_sub_ps(high, value(_mm512_extracti64x4_epi64(upper, 1)));
-    _mm512_store_si512(row, upper);
-    _mm512_store_si512(row + kTileValues,
-                       reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_rest, low_rest)));
+    for (int p = 0; p < Parts; ++p) {
+      const auto part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      _mm512_store_si512(row + p * kTileValues, part);
+      low = _mm512_sub_ps(low, value(_mm512_castsi512_si256(part)));
+      high = _mm512_sub_ps(high, value(_mm512_extracti64x4_epi64(part, 1)));
+    }
   }
 };
 

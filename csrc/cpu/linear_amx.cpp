@@ -94,6 +94,7 @@ void by_values(const LinearArgs& a, const Pool& pool, const bf16* x, bf16* y) {
 template <bool Wide, class T>
 bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  constexpr int kParts = kBf16 ? 1 : std::is_same_v<T, f16> ? 2 : 3;
   const Weight& w = a.weight;
   if (a.m <= kFewRows<T>) {
     if (!scale_can_wait(max_abs(x, a.m * w.cols))) return false;
@@ -102,7 +103,7 @@ bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   }
   const int64_t segment = segment_of(w);
   if constexpr (!Wide) {
-    if (segment >= kTileDepth) return by_levels<kBf16 ? 1 : 2>(a, pool, x, y, segment);
+    if (segment >= kTileDepth) return by_levels<kParts>(a, pool, x, y, segment);
   }
   if constexpr (kBf16) by_values<Wide>(a, pool, x, y);
   return kBf16;
