@@ -76,5 +76,5 @@ def test_demo_replaces_no_other_model(byte_dir: Path) -> None:
     before = contents(byte_dir)
     result = run("demo", "--output", byte_dir)
     assert result.exit_code == 1
-    assert "is not empty; overwrite it (--overwrite)" in result.stderr
+    assert "is not empty; choose another place" in result.stderr
     assert contents(byte_dir) == before

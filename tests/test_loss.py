@@ -93,7 +93,10 @@ def reference(
 @pytest.mark.parametrize("kind", ["frozen", "bias", "float", "lora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_gradients_against_float64(dtype: torch.dtype, kind: str, chunk_rows: int) -> None:
-    """No further from the truth than twice Transformers' own and half the dtype's resolution."""
+    """No further from the truth than twice Transformers' own and half the dtype's resolution.
+
+    The loss is in float32: its logarithm, difference, sum and quotient each may round.
+    """
     slack = torch.finfo(dtype).eps / 2
     hidden, labels = example(dtype)
     head = heads(dtype)[kind]
@@ -105,7 +108,8 @@ def test_loss_and_gradients_against_float64(dtype: torch.dtype, kind: str, chunk
     theirs, their_grads = reference(hidden, head, labels)
 
     assert loss.dtype == torch.float32
-    assert relative_error(loss, truth) <= 2 * relative_error(theirs, truth) + slack
+    roundings = 4 * torch.finfo(torch.float32).eps / 2
+    assert relative_error(loss, truth) <= 2 * relative_error(theirs, truth) + slack + roundings
     assert len(grads) == len(true_grads) > (kind != "frozen")
     for grad, parameter in zip(grads, [hidden, *trained(head)], strict=True):
         assert grad.dtype == parameter.dtype
@@ -247,7 +251,10 @@ print((peak() - before) / (4 * rows * words))
 
 
 def test_memory_is_that_of_a_chunk() -> None:
-    """In float32 logits of all rows, 268 MB: a chunk is 1 / 32, and takes at most three of them."""
+    """In float32 logits of all rows, 268 MB: a chunk is 1 / 32, and takes at most three of them.
+
+    With AMX, PyTorch's product of bfloat16 takes one or two for itself.
+    """
     whole, chunks = (
         float(
             subprocess.run(
@@ -257,4 +264,5 @@ def test_memory_is_that_of_a_chunk() -> None:
         for how in ("whole", "chunks")
     )
     assert whole > 2, "or this test would see nothing"
-    assert chunks < 3 / 32
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert chunks < (5 if amx else 3) / 32

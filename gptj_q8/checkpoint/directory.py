@@ -63,7 +63,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"{target} is not empty; overwrite it (--overwrite) or choose another place"
+            f"{target} is not empty; choose another place, or overwrite it: overwrite=True, on the "
+            "command line --overwrite"
         )
     if not _holds_model(target):
         raise FileExistsError(f"{target} is not empty and holds no model to overwrite")

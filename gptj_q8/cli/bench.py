@@ -68,7 +68,7 @@ def bench_command(
                 " run this again when it is not."
             )
         for reason, what in {note.reason: note.what for note in results.skipped}.items():
-            screen.note(f"An empty place: {what}: {reason}")
+            screen.note(f"Left out: {what}: {reason}")
         for note in results.failed:
             screen.say(f"WRONG: {note.what}: {note.reason}", style="bold red")
         screen.result(

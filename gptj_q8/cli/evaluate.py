@@ -78,6 +78,7 @@ def evaluate_command(
             tokens = load.tokenizer(*filter(None, (tokenizer, model, against)))
             ids = load.token_ids(tokens, content, max_tokens)
             network = load.model(model, dtype, on, adapter)
+            load.spare_threads(network)
             original = load.model(against, against_dtype, on) if against is not None else None
 
         about = {
@@ -97,13 +98,14 @@ def evaluate_command(
                     network, original, ids, window=window, stride=stride, on_progress=on_progress
                 )
         source = "the demo's unseen text" if data == load.DEMO else data
+        measured = model if adapter is None else f"{model} with {adapter}"
         if original is None:
-            screen.say(f"{model} on {alone.tokens:,} tokens of {source}")
+            screen.say(f"{measured} on {alone.tokens:,} tokens of {source}")
             screen.say()
             screen.say(f"perplexity  {with_error(alone.value, alone.standard_error)}")
             screen.result({**about, "perplexity": asdict(alone)})
         else:
-            screen.say(f"{model} against {against}, on {both.tokens:,} tokens of {source}")
+            screen.say(f"{measured} against {against}, on {both.tokens:,} tokens of {source}")
             screen.say()
             _say_divergence(screen, both)
             about |= {"against": str(against), "against_dtype": against_dtype}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
     from gptj_q8.train.report import Report
 
 _USUAL = Settings()
-# Parameters. Two threads make the demo's 6 million 1.45 times as fast (8 x 128 tokens in 148 ms and
-# not 215; AMD EPYC, Zen 5, 2026-11-24); but where other programs use the cores, threads that wait
-# for each other can make it a hundred times as slow. OMP_NUM_THREADS overrules this.
-SMALL = 20_000_000
 _LINES = 20  # of progress, where no bar can be shown
 FEW_STEPS = 50  # below which adapters at the usual learning rate hardly move a model
 
@@ -150,7 +145,6 @@ def finetune_command(
     with open_screen(json) as screen:
         with screen.working(f"Loading {model} ..."):
             load.quieten()
-            import torch
 
             from gptj_q8.train import folder
             from gptj_q8.train.device import best_dtype
@@ -166,9 +160,7 @@ def finetune_command(
             tokens = load.tokenizer(*filter(None, (tokenizer, model)))
             chosen = str(best_dtype(on)).removeprefix("torch.") if dtype == "auto" else dtype
             network = load.trainable_model(model, chosen, on)
-            small = on.type == "cpu" and network.num_parameters() < SMALL
-            if small and "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(1)
+            load.spare_threads(network)
         with screen.progress("Encoding") as update:
             report = finetune(
                 network,

@@ -75,6 +75,7 @@ def generate_command(
             on = load.device(device)
             tokens = load.tokenizer(tokenizer or model)
             network = load.model(model, dtype, on, adapter)
+            load.spare_threads(network)
         if seed is None:
             seed = torch.seed() % 2**32
         torch.manual_seed(seed)

@@ -229,6 +229,7 @@ def make_trainer(
     """
     steps = settings.steps(len(train_rows))
     every = settings.save_every or math.ceil(steps / 10)
+    rising = settings.warmup * steps
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
@@ -237,7 +238,8 @@ def make_trainer(
         gradient_accumulation_steps=settings.batch_size // at_once,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(settings.warmup * steps),
+        # Less than a step is none: the one would be lost, its rate being 0.
+        warmup_steps=math.ceil(rising) if rising >= 1 else 0,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         use_cpu=model.device.type == "cpu",
