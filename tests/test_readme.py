@@ -52,7 +52,7 @@ def test_the_lora_python_runs(
     names: dict[str, object] = {}
     exec(block, names)
     assert "442,368 parameters train" in capsys.readouterr().out
-    merged = gptj_q8.from_pretrained("out/merged")
+    merged = gptj_q8.from_pretrained("out/merged-float")
     # An adapter that has learned nothing yet: the model's own answers, encoded once more at most.
     assert relative(merged(IDS).logits, gptj_q8.from_pretrained(names["path"])(IDS).logits) < 0.02
 
