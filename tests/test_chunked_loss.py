@@ -107,6 +107,7 @@ def test_takes_what_transformers_takes_by_place_and_by_name() -> None:
 
 def test_its_forward_stays_when_accelerate_unwraps_the_model() -> None:
     _, chunks = pair()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     try:
         unwrapped = accelerator.unwrap_model(accelerator.prepare(chunks), keep_fp32_wrapper=False)
