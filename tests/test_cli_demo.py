@@ -76,5 +76,8 @@ def test_demo_replaces_no_other_model(byte_dir: Path) -> None:
     before = contents(byte_dir)
     result = run("demo", "--output", byte_dir)
     assert result.exit_code == 1
-    assert "is not empty; choose another place" in result.stderr
+    assert (
+        "choose another place, or overwrite it: overwrite=True, on the command line --overwrite"
+        in result.stderr
+    )
     assert contents(byte_dir) == before

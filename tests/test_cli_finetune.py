@@ -118,7 +118,10 @@ def test_a_merged_model_answers_as_the_adapter_did(
     assert ("quantization_config" in stored_as) == (form == "8bit")
     again = run("merge", byte_dir, out, "-o", merged)
     assert again.exit_code == 1
-    assert "is not empty; choose another place" in again.stderr
+    assert (
+        "choose another place, or overwrite it: overwrite=True, on the command line --overwrite"
+        in again.stderr
+    )
 
 
 def test_ctrl_c_saves_and_the_command_it_prints_goes_on(

@@ -60,7 +60,7 @@ def test_prepared_it_checkpoints_and_every_adapter_gets_its_gradient(
     assert trained(model).keys() == right.keys()
     for name, parameter in trained(model).items():
         # Attention and GELU are computed another way here, and round another way.
-        assert relative(parameter.grad, right[name].grad) < 1e-5, name
+        assert relative(parameter.grad, right[name].grad) < 3e-6, name
     count = sum(p.numel() for p in right.values())
     assert f"{count:,} parameters train" in capsys.readouterr().out
 

@@ -50,7 +50,7 @@ struct FillColumns {
       const int64_t step = (n - begin) / P::kWidth;
       for (int64_t i = 0; i < P::kWidth; ++i) {
         const int64_t ahead = min_of(n + i + kAhead, w.rows - 1);
-        _mm_prefetch(reinterpret_cast<const char*>(w.codes + ahead * w.cols + k), _MM_HINT_T0);
+        prefetch(w.codes, ahead * w.cols + k);
       }
       __m512 even[4];
       decode_row<Wide>(table, w, n, k, even);

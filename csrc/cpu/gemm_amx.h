@@ -105,14 +105,11 @@ struct TiledA {
 
   // Each part is what bfloat16 holds of what the parts before it lack.
   static Q8_INLINE void store_parts(__m512 low, __m512 high, bf16* row) {
-    const auto value = [](__m256i bits) {
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    };
     for (int p = 0; p < Parts; ++p) {
       const auto part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
       _mm512_store_si512(row + p * kTileValues, part);
-      low = _mm512_sub_ps(low, value(_mm512_castsi512_si256(part)));
-      high = _mm512_sub_ps(high, value(_mm512_extracti64x4_epi64(part, 1)));
+      low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(part)));
+      high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(part, 1)));
     }
   }
 };
@@ -288,6 +285,22 @@ void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int6
     }
   };
   parallel(pool, ceil_div(cols, kColumns), 1, run_panels);
+}
+
+// multiply_tiles() for `a` of type T, copied and multiplied in passes that share one decoding each.
+// Whether it is done: not with Levels where `a` is near an end of float32's range.
+template <bool Levels, int Parts, class T, class Fill>
+bool multiply_in_passes(const Pool& pool, const T* a, int64_t rows, int64_t depth, int64_t cols,
+                        int64_t at_once, const Fill& fill, int64_t segment, const float* bias,
+                        T* out) {
+  for (int64_t m = 0; m < rows; m += kRowsPerPass) {
+    const int64_t count = min_of(rows - m, kRowsPerPass);
+    const TiledA<Parts> tiled(pool, a + m * depth, count, depth);
+    if (Levels && !scale_can_wait(tiled.largest)) return false;
+    multiply_tiles<Levels>(pool, tiled, count, depth, cols, at_once, fill, segment, bias,
+                           out + m * cols);
+  }
+  return true;
 }
 
 }  // namespace gptj_q8::Q8_ISA

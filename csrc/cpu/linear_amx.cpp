@@ -65,31 +65,6 @@ int64_t segment_of(const Weight& w) {
   return min_of(min_of(common, int64_t{1} << w.block_shift), kRun * kTileDepth);
 }
 
-// Whether y is done, which it is not where x is near an end of float32's range.
-template <int Parts, class T>
-bool by_levels(const LinearArgs& a, const Pool& pool, const T* x, T* y, int64_t segment) {
-  const Weight& w = a.weight;
-  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
-    const int64_t rows = min_of(a.m - m, kRowsPerPass);
-    const TiledA<Parts> tiled(pool, x + m * w.cols, rows, w.cols);
-    if (!scale_can_wait(tiled.largest)) return false;
-    multiply_tiles<true>(pool, tiled, rows, w.cols, w.rows, panels_at_once(rows), FillLevels{w},
-                         segment, a.bias, y + m * w.rows);
-  }
-  return true;
-}
-
-template <bool Wide>
-void by_values(const LinearArgs& a, const Pool& pool, const bf16* x, bf16* y) {
-  const Weight& w = a.weight;
-  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
-    const int64_t rows = min_of(a.m - m, kRowsPerPass);
-    const TiledA<1> tiled(pool, x + m * w.cols, rows, w.cols);
-    multiply_tiles<false>(pool, tiled, rows, w.cols, w.rows, panels_at_once(rows),
-                          FillRows<TilePanel, Wide>(w), kRun * kTileDepth, a.bias, y + m * w.rows);
-  }
-}
-
 // Whether y is done.
 template <bool Wide, class T>
 bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
@@ -101,12 +76,18 @@ bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
     linear_few<kRowsAtOnce<Wide>, Wide>(a, pool, x, y);
     return true;
   }
-  const int64_t segment = segment_of(w);
+  const int64_t segment = segment_of(w), at_once = panels_at_once(a.m);
   if constexpr (!Wide) {
-    if (segment >= kTileDepth) return by_levels<kParts>(a, pool, x, y, segment);
+    if (segment >= kTileDepth) {
+      return multiply_in_passes<true, kParts>(pool, x, a.m, w.cols, w.rows, at_once, FillLevels{w},
+                                              segment, a.bias, y);
+    }
   }
-  if constexpr (kBf16) by_values<Wide>(a, pool, x, y);
-  return kBf16;
+  if constexpr (kBf16) {
+    return multiply_in_passes<false, 1>(pool, x, a.m, w.cols, w.rows, at_once,
+                                        FillRows<TilePanel, Wide>(w), kRun * kTileDepth, a.bias, y);
+  }
+  return false;
 }
 
 }  // namespace

@@ -23,15 +23,11 @@ void linear_grad_input(const LinearGradInputArgs& a, const Pool& pool) {
   const auto* dy = static_cast<const bf16*>(a.dy);
   auto* dx = static_cast<bf16*>(a.dx);
   const bool exact = bf16_exact(w.codebook);
-  for (int64_t m = 0; m < a.m; m += kRowsPerPass) {
-    const int64_t rows = min_of(a.m - m, kRowsPerPass);
-    const TiledA<1> tiled(pool, dy + m * w.rows, rows, w.rows);
-    const auto run = [&](const auto& fill) {
-      multiply_tiles<false>(pool, tiled, rows, w.rows, w.cols, kPanelsAtOnce, fill,
-                            kRun * kTileDepth, nullptr, dx + m * w.cols);
-    };
-    exact ? run(FillColumns<TilePanel, false>{w}) : run(FillColumns<TilePanel, true>{w});
-  }
+  const auto run = [&](const auto& fill) {
+    multiply_in_passes<false, 1>(pool, dy, a.m, w.rows, w.cols, kPanelsAtOnce, fill,
+                                 kRun * kTileDepth, nullptr, dx);
+  };
+  exact ? run(FillColumns<TilePanel, false>{w}) : run(FillColumns<TilePanel, true>{w});
 }
 
 }  // namespace gptj_q8::amx

@@ -120,9 +120,6 @@ struct Bf16Product {
   }
 
  private:
-  static Q8_INLINE __m512 widened(__m256i bits) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
   static Q8_INLINE void add(__m512i level, __m512i x, __m512* sum) {
     *sum = _mm512_dpbf16_ps(*sum, reinterpret_cast<__m512bh>(level), reinterpret_cast<__m512bh>(x));
   }
