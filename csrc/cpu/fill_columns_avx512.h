@@ -36,33 +36,38 @@ Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, i
   for (int q = 0; q < 4; ++q) out[q] = _mm512_mul_ps(out[q], _mm512_load_ps(scale + 16 * q));
 }
 
+// Up to four panels: 256 bytes of a row. Xeon with AMX, two threads that only read, rows 4096 bytes
+// apart: 8.4 GB/s for 64 bytes of each row, 15 for 128, 17.6 for 256, 18.9 for 512.
 template <class P, bool Wide>
 struct FillColumns {
+  static constexpr int64_t kPanels = 4;
   const Weight& w;
 
-  // panel[n][0:64] = W[begin + n, k:k + 64]
+  // panel[p][n][0:64] = W[begin + n, k + 64 p:k + 64 p + 64]
   void operator()(Place place, int64_t end, Place, uint32_t* panel) const {
-    const int64_t k = place.column, begin = place.begin;
     const FloatTable table(w.codebook);
-    // Each row is one cache line of another page, which no hardware prefetcher follows.
+    // Each row lies in another page, which no hardware prefetcher follows.
     constexpr int64_t kAhead = 16;
-    for (int64_t n = begin; n < end; n += P::kWidth) {
-      const int64_t step = (n - begin) / P::kWidth;
-      for (int64_t i = 0; i < P::kWidth; ++i) {
-        const int64_t ahead = min_of(n + i + kAhead, w.rows - 1);
-        prefetch(w.codes, ahead * w.cols + k);
-      }
-      __m512 even[4];
-      decode_row<Wide>(table, w, n, k, even);
-      if constexpr (P::kWidth == 2) {
-        __m512 odd[4];
-        decode_row<Wide>(table, w, n + 1, k, odd);
-        for (int q = 0; q < 4; ++q) {
-          _mm512_store_si512(P::at(panel, step, q), P::pairs(even[q], odd[q]));
+    for (int64_t n = place.begin; n < end; n += P::kWidth) {
+      const int64_t step = (n - place.begin) / P::kWidth;
+      for (int64_t p = 0; p < place.panels; ++p) {
+        const int64_t k = place.column + p * kColumns;
+        uint32_t* out = panel + p * kPanelEntries<P>;
+        for (int64_t i = 0; i < P::kWidth; ++i) {
+          prefetch(w.codes, (n + i + kAhead) * w.cols + k);
         }
-      } else {
-        for (int q = 0; q < 4; ++q) {
-          _mm512_store_ps(reinterpret_cast<float*>(P::at(panel, step, q)), even[q]);
+        __m512 even[4];
+        decode_row<Wide>(table, w, n, k, even);
+        if constexpr (P::kWidth == 2) {
+          __m512 odd[4];
+          decode_row<Wide>(table, w, n + 1, k, odd);
+          for (int q = 0; q < 4; ++q) {
+            _mm512_store_si512(P::at(out, step, q), P::pairs(even[q], odd[q]));
+          }
+        } else {
+          for (int q = 0; q < 4; ++q) {
+            _mm512_store_ps(reinterpret_cast<float*>(P::at(out, step, q)), even[q]);
+          }
         }
       }
     }

@@ -128,6 +128,7 @@ Q8_INLINE void walk_rows(const Weight& w, Place place, int64_t end, Place next,
 // Levels times scales, rounded to what the panel holds.
 template <class P, bool Wide>
 struct FillRows {
+  static constexpr int64_t kPanels = 1;
   const Weight& w;
   bool aligned;  // blocks start where rows do, so none ends inside a chunk
 

@@ -230,8 +230,8 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
 }
 
 // at_once: panels that share a run of `a` in the L2 cache, while their part of c, 128 KB for each
-// 512 rows of `a`, stays there too. fill is as for multiply(); Levels: its scales(column, k, out)
-// gives those of 32 columns at k.
+// 512 rows of `a`, stays there too. fill is as for multiply(), of up to Fill::kPanels at a time;
+// Levels: its scales(column, k, out) gives those of 32 columns at k.
 template <bool Levels, int Parts, class T, class Fill>
 void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int64_t depth,
                     int64_t cols, int64_t at_once, const Fill& fill, int64_t segment,
@@ -240,7 +240,7 @@ void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int6
   const int64_t padded_rows = a.blocks * kTile;
   auto run_panels = [&](int64_t begin, int64_t end) {
     const Tiles tiles;
-    Scratch<uint32_t> panel(TilePanel::kSteps * kColumns);
+    Scratch<uint32_t> panels(Fill::kPanels * kPanelEntries<TilePanel>);
     Scratch<float> c(at_once * padded_rows * kColumns);
     alignas(64) float scales[2][kPanelDepth / kTileDepth * kPair];
     for (int64_t strip = begin; strip < end; strip += at_once) {
@@ -249,10 +249,15 @@ void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int6
         const int64_t stop = min_of(depth, k + kPanelDepth);
         const int64_t steps = ceil_div(stop - k, kTileDepth);
         for (int64_t p = strip; p < last; ++p) {
-          const Place next = p + 1 < last   ? Place{(p + 1) * kColumns, k}
-                             : stop < depth ? Place{strip * kColumns, stop}
-                                            : Place{last * kColumns, 0};
-          fill({p * kColumns, k}, k + steps * kTileDepth, next, panel.data());
+          const int64_t inside = (p - strip) % Fill::kPanels;
+          if (inside == 0) {
+            const int64_t filled = min_of(last - p, Fill::kPanels);
+            const Place next = p + filled < last ? Place{(p + filled) * kColumns, k}
+                               : stop < depth    ? Place{strip * kColumns, stop}
+                                                 : Place{last * kColumns, 0};
+            fill({p * kColumns, k, filled}, k + steps * kTileDepth, next, panels.data());
+          }
+          uint32_t* panel = panels.data() + inside * kPanelEntries<TilePanel>;
           if constexpr (Levels) {
             for (int64_t s = 0; s * segment < stop - k; ++s) {
               for (int pair = 0; pair < 2; ++pair) {
@@ -264,7 +269,7 @@ void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int6
             for (int64_t r = 0; r < steps; r += kRun) {
               multiply_run<Parts, Levels>(
                   a, k / kTileDepth + r, min_of(kRun, steps - r),
-                  TilePanel::at(panel.data(), 16 * r, 2 * pair), k + r == 0,
+                  TilePanel::at(panel, 16 * r, 2 * pair), k + r == 0,
                   {scales[pair] + r * kTileDepth / segment * kPair, segment / kTileDepth},
                   c.data() + ((p - strip) * 2 + pair) * padded_rows * kPair);
             }

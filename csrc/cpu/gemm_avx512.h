@@ -81,6 +81,8 @@ using PanelOf = FloatPanel;
 // The reduction elements of one panel.
 template <class P>
 constexpr int64_t kDepth = int64_t{P::kSteps} * P::kWidth;
+template <class P>
+constexpr int64_t kPanelEntries = int64_t{P::kSteps} * kColumns;
 
 template <class P, int Rows>
 Q8_INLINE void tile(const typename P::A* a, int64_t stride, const uint32_t* panel, int64_t steps,
@@ -120,18 +122,19 @@ void multiply_panel(const typename P::A* a, int64_t stride, int64_t rows, const 
   });
 }
 
-// Where a panel begins in B.
+// Where a panel begins in B, or several side by side.
 struct Place {
   int64_t column, begin;
+  int64_t panels = 1;
 };
 
-// fill(place, end, next, panel) decodes B[place.begin:end, place.column:place.column + 64]; `next`
-// is the panel to come, for prefetching.
+// fill(place, end, next, panel) decodes B[place.begin:end, place.column:place.column + 64], and as
+// much for each further panel; `next` is what comes after, for prefetching.
 template <class P, class T, class Fill>
 void multiply(const Pool& pool, const typename P::A* a, int64_t rows, int64_t depth, int64_t cols,
               const Fill& fill, const float* bias, T* out) {
   auto run_panels = [&](int64_t begin, int64_t end) {
-    Scratch<uint32_t> panel(P::kSteps * kColumns);
+    Scratch<uint32_t> panel(kPanelEntries<P>);
     Scratch<float> c(rows * kColumns);
     for (int64_t column = begin * kColumns; column < min_of(cols, end * kColumns);
          column += kColumns) {

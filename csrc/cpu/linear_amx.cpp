@@ -32,6 +32,7 @@ int64_t panels_at_once(int64_t rows) {
 
 // Levels of W, unscaled.
 struct FillLevels {
+  static constexpr int64_t kPanels = 1;
   const Weight& w;
 
   // panel[k][0:64] = levels of W[n:n + 64, begin + k]

@@ -12,7 +12,8 @@ namespace {
 
 // Rows of dy up to which avx512's kernel for a few rows is faster.
 constexpr int64_t kFewRows = 4;
-// Neighbours read the same pages of W. 4096 x 4096, 64 rows, two threads: 3.6 ms one by one, 3.3.
+// 4096 x 4096, two threads, ms with four and with eight: 64 rows 2.7 and 2.6, 512 rows 10.6
+// and 9.8.
 constexpr int64_t kPanelsAtOnce = 8;
 
 }  // namespace
