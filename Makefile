@@ -70,7 +70,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 gpu-test:
-	$(PYTHON) -m benchmarks.gpu --only build tests sanitizer $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --only build backends tests sanitizer $(ARGS)
 
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu --skip tests sanitizer $(ARGS)

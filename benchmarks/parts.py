@@ -22,8 +22,9 @@ ENVIRONMENT = {
     "PIP_NO_INPUT": "1",
     "PYTHONUNBUFFERED": "1",
 }
-# Seconds that a process over its limit gets to clean up before it is killed.
-GRACE_S = 3.0
+# Seconds that a process over its limit gets: pytest, to tell what has failed so far, then any to
+# clean up before it is killed.
+GRACE_S = {signal.SIGINT: 8.0, signal.SIGTERM: 3.0, signal.SIGKILL: 3.0}
 NOTE_LENGTH = 160
 # A process that cannot do its part here ends with it, and says why in its last line.
 SKIPPED = 77
@@ -86,7 +87,7 @@ def _run_step(step: Step, measured: Path, left_s: float) -> Part:
 
 
 def _run_process(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Its exit status, None where it ran over the limit, and the last line it printed."""
+    """Its exit status and the last line it printed; over the limit None, and the last by then."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -102,14 +103,15 @@ def _run_process(command: list[str], limit_s: float) -> tuple[int | None, str]:
     assert process.stdout is not None
     reader = threading.Thread(target=_pass_on, args=(process.stdout, last), daemon=True)
     reader.start()
+    by_then = None
     try:
         status: int | None = process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        status = None
+        status, by_then = None, last[0]
     finally:  # an interrupt from the keyboard does not reach another process group
         _end_group(process)
-    reader.join(GRACE_S)
-    return status, last[0]
+    reader.join(GRACE_S[signal.SIGKILL])
+    return status, last[0] if by_then is None else by_then
 
 
 def _pass_on(stream: IO[str], last: list[str]) -> None:
@@ -122,10 +124,10 @@ def _pass_on(stream: IO[str], last: list[str]) -> None:
 
 def _end_group(process: subprocess.Popen[str]) -> None:
     """Ends the process, if it still runs, and whatever it left running."""
-    for end in (signal.SIGTERM, signal.SIGKILL):
+    for end, grace in GRACE_S.items():
         try:
             os.killpg(process.pid, end)
-            process.wait(GRACE_S)
+            process.wait(grace)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:

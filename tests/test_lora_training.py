@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from adapters import trained
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tiny import IDS, QUICK, gptj, load, logits, relative
 from torch import distributed, nn
@@ -208,9 +207,10 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(folder, **{**settings, **options})
 
 
-def texts() -> Dataset:
+def texts() -> Any:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = [(IDS[0] + i).tolist() for i in range(8)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])

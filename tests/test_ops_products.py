@@ -56,6 +56,18 @@ def test_linear(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_long_sums_of_few_columns(m: int, dtype: torch.dtype, device: torch.device) -> None:
+    """On a GPU several programs share one; see test_triton.py."""
+    w = random_quantized(3, 32768, 256, "gaussian").to(device)
+    x = random(m, 32768, dtype=dtype, device=device)
+    bias = torch.tensor([1.0, -2.0, 3.0], device=device)
+    y = ops.linear(x, *w.parts, bias, 256)
+    truth = F.linear(x.double(), w.truth, bias.double())
+    check_product(y, F.linear(x, w.truth.to(dtype), bias.to(dtype)), truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 3, 6, 40])
 def test_linear_passes_infinities_and_nans_on(
     m: int, dtype: torch.dtype, device: torch.device

@@ -15,7 +15,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from command_line import save_byte_gptj
-from datasets import Dataset, DatasetDict
 from tiny import gpt2, gptj
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase
@@ -67,12 +66,14 @@ def test_a_folder_is_all_its_texts_in_order(tmp_path: Path) -> None:
 
 
 def test_datasets_by_name_and_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Dataset.from_dict({"text": ["uno", "dos"]})
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = datasets.Dataset.from_dict({"text": ["uno", "dos"]})
+    never = datasets.Dataset.from_dict({"text": ["never"]})
     asked = []
 
-    def load(name: str, config: str | None) -> DatasetDict:
+    def load(name: str, config: str | None) -> Any:
         asked.append((name, config))
-        return DatasetDict(train=rows, test=Dataset.from_dict({"text": ["never"]}))
+        return datasets.DatasetDict(train=rows, test=never)
 
     monkeypatch.setattr("datasets.load_dataset", load)
     for name in ("owner/name", "name:config"):
@@ -85,6 +86,8 @@ def test_datasets_by_name_and_from_disk(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
     def refuse(*_: object) -> None:
         raise ConnectionError("no route\nmore")
 
@@ -111,7 +114,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         source = name if "/" in name else str(tmp_path / name)
         with pytest.raises(kind, match=message):
             read_documents(source)
-    monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(test=Dataset.from_dict({})))
+    only_test = datasets.DatasetDict(test=datasets.Dataset.from_dict({}))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: only_test)
     with pytest.raises(ValueError, match="no split `train`; it has test"):
         read_documents("owner/name")
 

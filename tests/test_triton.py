@@ -38,6 +38,19 @@ def test_the_matrix_in_the_interpreter(device: torch.device) -> None:
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_long_sums_of_few_columns_are_split(m: int, dtype: torch.dtype) -> None:
+    """Which those of test_ops_products.py are for; in the interpreter, too."""
+    pytest.importorskip("triton")
+    from gptj_q8.backends.triton.linear import linear_gemv_kernel, plan_linear, table_tile
+
+    for family in ("sm80", "sm90"):
+        tile = table_tile(dtype, family, m, 32768, 256)
+        plan = plan_linear(tile, m, 3, 32768, 256, wanted=8)
+        assert (plan.kernel, plan.splits > 1) == (linear_gemv_kernel, True)
+
+
 @pytest.mark.parametrize(
     ("capabilities", "reason"),
     [

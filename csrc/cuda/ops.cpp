@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>  // for the macro's name before 2.13
 
 #include <initializer_list>
 #include <optional>
@@ -39,7 +40,7 @@ class Queue {
                       ": all tensors must be on one CUDA device");
     }
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
   }
   cudaStream_t stream = nullptr;

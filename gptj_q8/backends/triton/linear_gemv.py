@@ -53,7 +53,7 @@ def linear_gemv_kernel(
     RUN: tl.constexpr = 8
     RUNS: tl.constexpr = TILE_K // RUN
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    split = tl.program_id(1)
+    split = tl.program_id(2)
     # Rows past the end repeat the last one, so that loads need no mask; the store has one.
     n_row = tl.minimum(n, N - 1).to(tl.int64) * K
     m = tl.arange(0, TILE_M)
