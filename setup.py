@@ -99,13 +99,16 @@ class CpuLibrary(Library):
                 for isa, f in usable.items()
             }
             objects = list(pool.map(compile_one, plain))
-        have = []
+        built = {}
         for isa, jobs in gated.items():
             try:
-                objects += [job.result() for job in jobs]
-                have.append(f"-DQ8_HAVE_{isa.upper()}")
+                built[isa] = [job.result() for job in jobs]
             except NotBuiltError as error:
                 say(f"gptj_q8: the CPU library does without {isa}: {error}.")
+        if "avx512" not in built and built.pop("amx", None):  # which calls its functions
+            say("gptj_q8: the CPU library does without amx, which needs avx512.")
+        objects += [built_object for of_isa in built.values() for built_object in of_isa]
+        have = [f"-DQ8_HAVE_{isa.upper()}" for isa in built]
         objects.append(compile_one(chooser, " ".join(have)))
         # No path to PyTorch is stored: it is loaded already when the library is.
         run(cxx(), "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target))

@@ -222,6 +222,40 @@ def test_sums_neither_overflow_nor_vanish_before_their_scale(
             assert relative_error(y, truth) < max(1e-5, 2 * rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3e38, 1e-3])
+def test_an_extreme_row_after_others_are_done(dtype: torch.dtype, size: float, isa: str) -> None:
+    """Its rows are computed some hundred at a time; what comes last changes how."""
+    w = random_quantized(16, 256, 64, "gaussian")
+    x = torch.rand(520, 256, generator=torch.Generator().manual_seed(1)) - 0.5
+    x[515] = (x[515] + x[515].sign() / 2) * size
+    x = x.to(dtype)
+    y = cpu.linear(x, w.codes, w.absmax * 1e-6, w.codebook, None, 64)
+    truth = x.double() @ w.truth.T * 1e-6
+    rounding = relative_error(truth.to(dtype), truth)
+    for rows in (slice(515), slice(515, 516), slice(516, 520)):
+        assert relative_error(y[rows], truth[rows]) < max(1e-5, 2 * rounding)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_times_scale_may_exceed_what_floats_hold(
+    m: int, dtype: torch.dtype, isa: str
+) -> None:
+    """A level of 0 stays 0 and a small one stays finite."""
+    table = TABLES["gaussian"]().clone()
+    table[128] = 0.0
+    codes = torch.full((3, 128), 128, dtype=torch.uint8)
+    codes[:, 5] = 129
+    absmax = torch.full((6,), 3e38)
+    dy = torch.tensor([[2.0, 3.0, -4.0]]).expand(m, 3).contiguous().to(dtype)
+    dx = cpu.linear_grad_input(dy, codes, absmax, table, 64)
+    truth = dy.double() @ (table[codes.long()].double() * absmax[0].double())
+    assert 0 < truth[0, 5].abs() < 1e37
+    assert (dx[:, torch.arange(128) != 5] == 0).all()
+    assert relative_error(dx, truth) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("flush", [False, True])
 def test_subnormal_scales_and_flushing(flush: bool, isa: str) -> None:
     table = TABLES["gaussian"]()

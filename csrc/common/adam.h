@@ -17,7 +17,7 @@ namespace gptj_q8 {
 struct AdamFactors {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, rate, eps;
 
-  explicit AdamFactors(const AdamArgs& a)
+  Q8_HOST_INLINE explicit AdamFactors(const AdamArgs& a)
       : beta1(static_cast<float>(a.beta1)),
         one_minus_beta1(static_cast<float>(1.0 - a.beta1)),
         beta2(static_cast<float>(a.beta2)),

@@ -6,6 +6,13 @@
 
 namespace gptj_q8::Q8_ISA {
 
+// Whether linear_grad_input does without panels, which cost a store and M loads for each register.
+// Blocks of 32 would fill half of each register: Zen 5, 4096 x 4096, M = 4, one thread, 4.5 ms.
+constexpr int64_t kFewRows = 4;
+Q8_INLINE bool are_few(int64_t rows, const Weight& w) {
+  return rows <= kFewRows && w.block_shift > 5;
+}
+
 // 64 columns of one row of W, scaled; a row past the end is zeros.
 template <bool Wide>
 Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, int64_t k,
@@ -53,9 +60,7 @@ struct FillColumns {
       for (int64_t p = 0; p < place.panels; ++p) {
         const int64_t k = place.column + p * kColumns;
         uint32_t* out = panel + p * kPanelEntries<P>;
-        for (int64_t i = 0; i < P::kWidth; ++i) {
-          prefetch(w.codes, (n + i + kAhead) * w.cols + k);
-        }
+        for (int64_t i = 0; i < P::kWidth; ++i) prefetch(w.codes, (n + i + kAhead) * w.cols + k);
         __m512 even[4];
         decode_row<Wide>(table, w, n, k, even);
         if constexpr (P::kWidth == 2) {

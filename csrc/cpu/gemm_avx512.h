@@ -129,7 +129,7 @@ struct Place {
 };
 
 // fill(place, end, next, panel) decodes B[place.begin:end, place.column:place.column + 64], and as
-// much for each further panel; `next` is what comes after, for prefetching.
+// much for each further panel; `next` is what comes after, for those who prefetch it.
 template <class P, class T, class Fill>
 void multiply(const Pool& pool, const typename P::A* a, int64_t rows, int64_t depth, int64_t cols,
               const Fill& fill, const float* bias, T* out) {

@@ -9,8 +9,8 @@
 
 namespace gptj_q8 {
 
-// Runs task(context, begin, end) over pieces of [0, count), in parallel, each piece but one at
-// least `grain` long.
+// Runs task(context, begin, end) over pieces of [0, count), in parallel; a piece of `grain` is
+// about worth a thread.
 struct Pool {
   using Task = void (*)(void* context, int64_t begin, int64_t end);
   void (*run)(int64_t count, int64_t grain, Task task, void* context);

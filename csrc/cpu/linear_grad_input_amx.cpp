@@ -10,8 +10,6 @@
 namespace gptj_q8::amx {
 namespace {
 
-// Rows of dy up to which avx512's kernel for a few rows is faster.
-constexpr int64_t kFewRows = 4;
 // 4096 x 4096, two threads, ms with four and with eight: 64 rows 2.7 and 2.6, 512 rows 10.6
 // and 9.8.
 constexpr int64_t kPanelsAtOnce = 8;
@@ -19,8 +17,8 @@ constexpr int64_t kPanelsAtOnce = 8;
 }  // namespace
 
 void linear_grad_input(const LinearGradInputArgs& a, const Pool& pool) {
-  if (a.dtype != DType::bfloat16 || a.m <= kFewRows) return avx512::linear_grad_input(a, pool);
   const Weight& w = a.weight;
+  if (a.dtype != DType::bfloat16 || are_few(a.m, w)) return avx512::linear_grad_input(a, pool);
   const auto* dy = static_cast<const bf16*>(a.dy);
   auto* dx = static_cast<bf16*>(a.dx);
   const bool exact = bf16_exact(w.codebook);

@@ -4,17 +4,18 @@
 // rows. The host has checked that all arrays have these sizes.
 // One piece of work owns a range of columns of dx and walks down all rows of W, so that no two
 // threads add into one element and the order of additions is fixed.
-// M up to kFewRows: rows of W are decoded in registers, four at a time, and added with
-// dy * absmax as their factor to float32 sums in the L1 cache (all dtypes alike, exact products).
-// More: the panels of gemm_avx512.h, filled by fill_columns_avx512.h.
+// Few rows: rows of W are decoded in registers, four at a time, and added with dy * absmax as their
+// factor to float32 sums in the L1 cache (all dtypes alike, exact products), unless such a factor
+// could overflow. More: the panels of gemm_avx512.h, filled by fill_columns_avx512.h.
 #pragma once
+
+#include <cmath>
 
 #include "fill_columns_avx512.h"
 
 namespace gptj_q8::Q8_ISA {
 namespace {
 
-constexpr int kFewRows = 4;             // estimate: panels cost a store and M loads per register
 constexpr int64_t kSumElements = 4096;  // 16 KB of sums: half of a 32 KB L1 cache
 
 // sums[m][k - k0] += sum over r of factor[r][m] * level(n + r, k), k0 <= k < k1.
@@ -104,13 +105,17 @@ void few_typed(const Pool& pool, const Weight& w, const T* dy, T* dx) {
 
 template <bool Wide, class T>
 void grad_input(const LinearGradInputArgs& a, const Pool& pool, const T* dy, T* dx) {
-  // Blocks of 32 would fill half of each register: Zen 5, 4096 x 4096, M = 4, one thread, 4.5 ms.
-  if (a.m <= kFewRows && a.weight.block_shift > 5) {
-    return with_count<kFewRows>(
-        a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, a.weight, dy, dx); });
+  const Weight& w = a.weight;
+  if (are_few(a.m, w)) {
+    const int64_t blocks = ceil_div(w.rows * w.cols, int64_t{1} << w.block_shift);
+    const float largest = max_abs(pool, dy, a.m * w.rows) * max_abs(pool, w.absmax, blocks);
+    if (std::isfinite(largest)) {
+      return with_count<kFewRows>(
+          a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, w, dy, dx); });
+    }
   }
-  const auto make_fill = [&](auto panel) { return FillColumns<decltype(panel), Wide>{a.weight}; };
-  multiply_any<PanelOf<T>>(pool, dy, a.m, a.weight.rows, a.weight.cols, make_fill, nullptr, dx);
+  const auto make_fill = [&](auto panel) { return FillColumns<decltype(panel), Wide>{w}; };
+  multiply_any<PanelOf<T>>(pool, dy, a.m, w.rows, w.cols, make_fill, nullptr, dx);
 }
 
 }  // namespace

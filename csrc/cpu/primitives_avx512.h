@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace gptj_q8::Q8_ISA {
 
@@ -149,6 +150,7 @@ struct Decoder {
   }
 };
 
+// The largest magnitude; a NaN does not count.
 template <class T>
 float max_abs(const T* weight, int64_t n) {
   __m512 largest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -159,6 +161,21 @@ float max_abs(const T* weight, int64_t n) {
     }
   }
   return _mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1]));
+}
+
+// The same, by all threads.
+template <class T>
+float max_abs(const Pool& pool, const T* values, int64_t n) {
+  constexpr int64_t kPiece = 1 << 14;
+  const int64_t pieces = ceil_div(n, kPiece);
+  Scratch<float> largest(pieces);
+  auto find = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      largest.data()[i] = max_abs(values + i * kPiece, min_of(n - i * kPiece, kPiece));
+    }
+  };
+  parallel(pool, pieces, 1, find);
+  return max_abs(largest.data(), pieces);
 }
 
 // w / absmax as a true division; 0 in a block of zeros.

@@ -63,8 +63,9 @@ void histogram_typed(const HistogramArgs& a, const Pool& pool, const T* weight) 
     for (int64_t b = begin; b < end; ++b) {
       if (a.absmax[b] == 0.0f) continue;
       const float s = a.absmax[b] / largest;
-      const float square = s * s;
-      const int64_t q = static_cast<int64_t>(std::rint(square * kHistogramUnit));
+      const float square = s * s;  // NaN where a weight is not finite
+      const int64_t q =
+          square <= 1.0f ? static_cast<int64_t>(std::rint(square * kHistogramUnit)) : 0;
       const int64_t first = b << a.block_shift;
       const int64_t n = min_of(a.numel - first, int64_t{1} << a.block_shift);
       histogram_bins(weight + first, n, a.absmax[b], a.bins, bin);

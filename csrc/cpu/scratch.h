@@ -12,8 +12,8 @@ template <class T>
 class Scratch {
  public:
   Q8_INLINE explicit Scratch(int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64));
     if (data_ == nullptr) throw std::bad_alloc();
   }
   Q8_INLINE ~Scratch() { std::free(data_); }

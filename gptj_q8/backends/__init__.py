@@ -48,8 +48,8 @@ def unavailable(name: str) -> str | None:
 def use(name: str) -> Iterator[None]:
     """Forces one backend for every `torch.ops.gptj_q8.*` call on every device, process-wide.
 
-    For tests and kernel work. Raises RuntimeError if the backend is unavailable, and
-    NotImplementedError at the call of an op that it lacks.
+    For tests and kernel work. Raises ValueError if there is none of that name, RuntimeError if it
+    is unavailable, and NotImplementedError at the call of an op that it lacks.
     """
     global _forced
     if reason := unavailable(name):

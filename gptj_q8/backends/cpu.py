@@ -35,7 +35,7 @@ def instruction_sets() -> list[str]:
 @contextmanager
 def force_isa(name: str) -> Iterator[None]:
     """Within it one instruction set serves all calls of the process: for tests and timing."""
-    before = _library.ops.isa()
+    before = instruction_set()
     _library.ops.set_isa(name)
     try:
         yield
