@@ -13,27 +13,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the module's docstring and knows what every benchmark does."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """A parser that shows the module's docstring and knows what benchmarks of any device do."""
+    made = cpu_parser(module, doc)
     made.add_argument(
         "--device",
         type=_device,
         default=_device("cuda" if torch.cuda.is_available() else "cpu"),
         help="cpu or cuda; a GPU if there is one",
     )
-    made.add_argument("--tiny", action="store_true", help="dry run on tiny shapes: checks, no news")
-    made.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     made.add_argument(
         "--seconds",
         type=float,
         default=float("inf"),
         help="start no further case after so many seconds",
     )
+    return made
+
+
+def cpu_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """The same for a benchmark that runs on the CPU, to its end."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--tiny", action="store_true", help="dry run on tiny shapes: checks, no news")
+    made.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     return made
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.arguments import parser, set_threads
+from benchmarks.arguments import cpu_parser, set_threads
 from benchmarks.machine import new_results
 from benchmarks.memory_peak import watch
 from benchmarks.model_check import check_products
@@ -225,7 +225,7 @@ def models(conversion: Conversion, generation: Generation | None) -> list[Model]
 
 
 def main(argv: list[str]) -> int:
-    made = parser("benchmarks.bench_convert", __doc__)
+    made = cpu_parser("benchmarks.bench_convert", __doc__)
     made.add_argument("--layers", type=int, default=4, help="blocks of GPT-J; 4 unless given")
     made.add_argument("--tokens", type=int, default=32, help="to generate; 0 for none")
     made.add_argument("--rounds", type=int, default=3, help="of generation, per model")

@@ -11,6 +11,7 @@
 
 import functools
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -92,11 +93,14 @@ def main(argv: list[str]) -> int:
     options = parser("benchmarks.ceilings", __doc__).parse_args(argv)
     set_threads(options)
     results = new_results(options.device, "benchmarks.ceilings", argv)
+    begun = time.monotonic()
     for name, value in measure(options.device, options.tiny):
         print(f"{name:32} {value:10.4g}", flush=True)
         results.ceilings[name] = value
         if options.json:
             results.write(options.json)
+        if time.monotonic() - begun > options.seconds:
+            break
     return 0
 
 

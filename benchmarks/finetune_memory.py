@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import parser, set_threads
+from benchmarks.arguments import cpu_parser, set_threads
 from benchmarks.full_size import LAYERS, TINY_LAYERS, TINY_PROMPT, build
 from benchmarks.machine import new_results
 from benchmarks.memory_peak import peak_anonymous_memory
@@ -33,7 +33,7 @@ RANK = 16
 
 
 def main(argv: list[str]) -> int:
-    made = parser("benchmarks.finetune_memory", __doc__)
+    made = cpu_parser("benchmarks.finetune_memory", __doc__)
     made.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     made.add_argument("--layers", type=int, default=LAYERS, help="fewer for a dry run")
     made.add_argument("--rank", type=int, default=RANK)
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "benchmarks.finetune_memory", "--here"]
         command += ["--layers", str(layers), "--rank", str(options.rank), "--tokens", str(tokens)]
         command += ["--tiny"] if options.tiny else []
+        command += ["--threads", str(options.threads)] if options.threads else []
         done = subprocess.run(command, stdout=subprocess.PIPE)
         if done.returncode:
             results.failed.append(Note(f"{tokens} tokens", f"exit status {done.returncode}"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import parser, set_threads
+from benchmarks.arguments import cpu_parser, set_threads
 from benchmarks.finetune_memory import RANK, example, trainable
 from benchmarks.full_size import SYSTEMS, TINY_LAYERS, TINY_PROMPT, build
 from benchmarks.machine import new_results
@@ -30,7 +30,7 @@ LAYERS, TOKENS, ROUNDS = 4, (512, 1024, 2048), 5
 
 
 def main(argv: list[str]) -> int:
-    made = parser("benchmarks.finetune_speed", __doc__)
+    made = cpu_parser("benchmarks.finetune_speed", __doc__)
     made.add_argument("--layers", type=int, default=LAYERS)
     made.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     made.add_argument("--rounds", type=int, default=ROUNDS)

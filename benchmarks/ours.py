@@ -43,8 +43,10 @@ def system_name(backend: str) -> str:
 
 def peer(package: str) -> Any:
     """Imports a peer's module; UnavailableError in words where it is missing or broken."""
-    # bitsandbytes logs at every call that it rounds bfloat16 to float16 for its int8 product.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # bitsandbytes logs at every call that it rounds bfloat16 to float16 for its int8 product;
+    # torchao tells of each GPU library that it cannot load, and makes PyTorch warn of its enums.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

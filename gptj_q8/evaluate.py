@@ -119,13 +119,15 @@ def compare(
     losses, original_losses, divergences, agreements = [], [], [], []
     ours = scored(model, tokens, plan, on_progress)
     theirs = scored(original, tokens, plan, None)
-    for (logits, targets), (original_logits, _) in zip(ours, theirs, strict=True):
+    for (logits, targets), (original_logits, same_targets) in zip(ours, theirs, strict=True):
         if logits.shape != original_logits.shape:
             raise ValueError(
                 f"the models' vocabularies differ: {logits.shape[-1]} and "
                 f"{original_logits.shape[-1]} tokens"
             )
-        pairs = zip(_log_probs(logits, targets), _log_probs(original_logits, targets), strict=True)
+        pairs = zip(
+            _log_probs(logits, targets), _log_probs(original_logits, same_targets), strict=True
+        )
         for (log_q, chunk), (log_p, original_chunk) in pairs:
             losses.append(_nll(log_q, chunk))
             original_losses.append(_nll(log_p, original_chunk))

@@ -167,7 +167,7 @@ class _InOldLayout(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_leftovers)
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; reads checkpoints in the old layout, and no other."""
         refuse_unsafe(kwargs)
         if kwargs.get("quantization_config") is not None:
@@ -175,8 +175,10 @@ class _InOldLayout(nn.Module):
                 f"{cls.__name__}.from_pretrained: takes 8 bits as they are stored, so there is "
                 "nothing to configure; quantization_config is for gptj_q8.from_pretrained"
             )
-        with faults_named(name):
-            return super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
+        with faults_named(pretrained_model_name_or_path):
+            return super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *args, **kwargs
+            )
 
     @staticmethod
     def _load_pretrained_model(

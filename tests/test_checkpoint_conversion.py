@@ -206,6 +206,45 @@ def test_overwriting(source, tmp_path):
     load(target)
 
 
+def test_overwriting_mixes_no_two_models(source, tmp_path):
+    """Generation settings and tokenizers of another model would be taken for this one's."""
+    target = tmp_path / "target"
+    source = shutil.copytree(source, tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "generation_config.json"):
+        (source / name).unlink(missing_ok=True)
+    convert_checkpoint(source, target, QUICK)
+    for name in ("added_tokens.json", "chat_template.jinja", "NOTICE", "generation_config.json"):
+        (target / name).write_text("old")
+    convert_checkpoint(source, target, QUICK, overwrite=True)
+    assert (target / "added_tokens.json").exists(), "the new one brought no tokenizer"
+    assert not (target / "generation_config.json").exists()
+    (source / "tokenizer.json").write_text("{}")
+    convert_checkpoint(source, target, QUICK, overwrite=True)
+    assert (target / "tokenizer.json").exists()
+    assert not (target / "added_tokens.json").exists()
+    assert not (target / "chat_template.jinja").exists()
+    assert (target / "NOTICE").read_text() == "old"
+
+
+def test_what_cannot_move_along_is_not_lost(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    convert_checkpoint(source, target, Q8Config(block_size=32))
+    (target / "notes.txt").write_text("mine")
+    rename = Path.rename
+
+    def fail(path, other):
+        if path.name == "notes.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match=r"target is written, but .* is in .*\.old: "):
+        convert_checkpoint(source, target, QUICK, overwrite=True)
+    load(target)
+    (old,) = tmp_path.glob(".target.*.old")
+    assert (old / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("there", ["nothing", "empty", "model"])
 def test_where_the_system_is_as_strict_as_windows(source, tmp_path, monkeypatch, there):
     """It opens no folders, flushes only what is open for writing, and renames onto nothing."""

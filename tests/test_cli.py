@@ -12,6 +12,7 @@ import transformers
 from command_line import run
 
 import gptj_q8
+from gptj_q8.cli.errors import is_expected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,6 +142,13 @@ def test_a_name_that_is_not_found_offline_is_said(
     result = run(*command)
     assert result.exit_code == 1
     assert result.stderr.startswith("gptj-q8: out/absent is no folder here and could not be")
+
+
+def test_memory_that_runs_out_is_told() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_expected(raised.value)
+    assert not is_expected(RuntimeError("a bug"))
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:

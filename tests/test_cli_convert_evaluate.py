@@ -173,6 +173,20 @@ def test_a_model_without_a_tokenizer_borrows_one(
         assert found["value"] == pytest.approx(truth["value"])
 
 
+def test_the_tokenizer_asked_for_is_taken_or_missed(
+    byte_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    float32(byte_dir).save_pretrained(tmp_path / "bare")
+    arguments = ("evaluate", byte_dir, "--data", data, "--tokenizer", tmp_path / "bare")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "bare has no tokenizer" in result.stderr
+    (tmp_path / "bare" / "tokenizer.json").write_text("{")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "bare: its tokenizer cannot be read: " in result.stderr
+
+
 def test_nan_weights_are_told_not_averaged(byte_dir: Path, data: Path, tmp_path: Path) -> None:
     network = float32(byte_dir)
     with torch.no_grad():

@@ -44,7 +44,10 @@ def test_it_shows_losses_samples_and_where_to_go(
     assert shown.exit_code == 0, shown.output
     for part in ("held-out tokens", "perplexity", "Before:\ngato y", "After:\ngato y", "loss.png"):
         assert part in shown.stdout
-    assert "Step 1 of" in shown.stderr
+    first, second = re.findall(r"Step \d+ of.*", shown.stderr)[:2]
+    assert first.startswith("Step 1 of")
+    assert "left" not in first, "nothing is known yet"
+    assert second.endswith(" s left")
     assert "held-out loss" in shown.stderr
     assert "\x1b" not in shown.output, "plain lines where there is no terminal"
     # The line it ends with does what it says.
@@ -93,7 +96,12 @@ def test_evaluate_agrees_that_the_adapter_helps(byte_dir: Path, data: Path, tmp_
 @pytest.mark.parametrize("stored", ["float", "8bit"])
 @pytest.mark.parametrize("form", ["8bit", "float16", "float32"])
 def test_a_merged_model_answers_as_the_adapter_did(
-    byte_dir: Path, data: Path, tmp_path: Path, stored: str, form: str
+    byte_dir: Path,
+    data: Path,
+    tmp_path: Path,
+    stored: str,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if stored == "8bit":
         assert run("convert", byte_dir, tmp_path / "8bit").exit_code == 0
@@ -116,6 +124,10 @@ def test_a_merged_model_answers_as_the_adapter_did(
     assert abs(without - with_adapter) > 10 * within * with_adapter
     stored_as = json.loads((merged / "config.json").read_text())
     assert ("quantization_config" in stored_as) == (form == "8bit")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    told = read_json(run("merge", byte_dir, out, "--output=~/merged", "--to", form, "--json"))
+    assert told["output"] == str(tmp_path / "home" / "merged")
+    assert told["bytes"] > 0
     again = run("merge", byte_dir, out, "-o", merged)
     assert again.exit_code == 1
     assert (

@@ -105,9 +105,23 @@ def test_a_run_goes_on_only_as_it_began(tune: Any, tmp_path: Path, byte_dir: Pat
     with pytest.raises(ValueError, match=r"changed are model \(other, before"):
         tune(resume=True, name="other")
     assert contents(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"goes on .* or is replaced .*, not both"):
+        tune(resume=True, overwrite=True)
     tune(resume=True)
     with pytest.raises(ValueError, match="has ended; there is nothing to resume"):
         tune(resume=True)
+
+
+def test_a_run_that_was_killed_while_the_adapter_moved_is_ended(tune: Any, tmp_path: Path) -> None:
+    report = tune()
+    out = tmp_path / "out"
+    (out / folder.SUMMARY).unlink()
+    (out / ".adapter").mkdir()
+    (out / adapters.WEIGHTS).rename(out / ".adapter" / adapters.WEIGHTS)
+    resumed = tune(resume=True)
+    assert (resumed.finished, resumed.losses) == (True, report.losses)
+    assert (out / adapters.WEIGHTS).exists()
+    assert not (out / ".adapter").exists()
 
 
 def test_another_run_is_replaced_only_when_told(tune: Any, tmp_path: Path) -> None:

@@ -154,6 +154,26 @@ def test_a_full_disk_leaves_the_old_model(
     assert contents(tmp_path) == before
 
 
+def test_overwriting_keeps_a_persons_card_and_no_untrue_one(base: Path, tmp_path: Path) -> None:
+    adapter, out = make_adapter(base, tmp_path / "adapter"), tmp_path / "out"
+    gptj_q8.merge(base, adapter, out)
+    assert "codebook `fitted`" in (out / "README.md").read_text()
+    gptj_q8.merge(base, adapter, out, dtype=torch.float16, overwrite=True)
+    assert not (out / "README.md").exists(), "it told of 8 bits"
+    (out / "README.md").write_text("mine")
+    for dtype in (torch.float16, None):
+        gptj_q8.merge(base, adapter, out, dtype=dtype, overwrite=True)
+        assert (out / "README.md").read_text() == "mine"
+
+
+def test_config_tells_the_codebook_of_what_was_merged(float_dir: Path, tmp_path: Path) -> None:
+    gptj_q8.convert_checkpoint(float_dir, tmp_path / "base", gptj_q8.Q8Config(codebook="dynamic"))
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    gptj_q8.merge(tmp_path / "base", adapter, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["codebook"] == "fitted"
+
+
 def test_the_place_must_be_free(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     before = contents(tmp_path)

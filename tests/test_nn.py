@@ -216,6 +216,19 @@ def test_a_float_state_dict_is_refused() -> None:
         nn.Sequential(module).load_state_dict(nn.Sequential(float_module).state_dict())
 
 
+def test_quantizing_that_fails_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, module = linear()
+    before = module.dequantize()
+
+    def full(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("gptj_q8.ops.quantize", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module._quantize_parts(torch.randn(70, 100), "linear")
+    assert torch.equal(module.dequantize(), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("how", ["to", "type", "method"])
 def test_scales_keep_their_dtype(dtype: torch.dtype, how: str) -> None:

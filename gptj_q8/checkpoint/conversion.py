@@ -43,7 +43,7 @@ def convert_checkpoint(
     on_progress(done, total): called after each tensor, in bytes read.
 
     A checkpoint of the hivemind/gpt-j-6B-8bit family keeps its codes, scales and tables; `config`
-    must be None for it, and any adapters in it go to `target/adapter` as PEFT's.
+    must ask for nothing else, and any adapters in it go to `target/adapter` as PEFT's.
 
     `target` comes to be when everything is written and on the disk; after any failure it is as it
     was. FileExistsError if it is not empty, unless `overwrite`, and then only a model directory is
@@ -51,7 +51,7 @@ def convert_checkpoint(
     adapters. FileNotFoundError without weights or with a shard missing;
     ValueError for NaN or Inf, for damaged files, for a weight that is missing or of another shape,
     for an entry of modules_to_not_convert that matches no module, and for a model that is
-    quantized already.
+    quantized already. TypeError for another dtype.
     """
     config = config or Q8Config()
     if dtype is not None:

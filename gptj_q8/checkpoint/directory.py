@@ -6,8 +6,21 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
+# Files that only together make a tokenizer.
+TOKENIZER = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+SETTINGS = "generation_config.json"
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -16,9 +29,11 @@ def new_directory(target: Path, overwrite: bool, replaced: Sequence[str] = ()) -
     """Gives a directory to fill that becomes `target` if and only if the block ends well.
 
     Until then it stands beside `target`, which must not be a link, under another name. With
-    `overwrite`, an old model directory gives way in one rename; what it holds beside weights and
-    those named in `replaced` moves to the new one.
-    FileExistsError when `target` holds something else, or anything without `overwrite`.
+    `overwrite`, an old model directory gives way in one rename. What it holds and the new one
+    lacks moves there, but for weights, generation settings, those named in `replaced`, and its
+    tokenizer if the new one has any.
+    FileExistsError when `target` holds something else, or anything without `overwrite`. OSError
+    that says where the rest of the old directory is, if it cannot be moved.
     """
     _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,11 +95,24 @@ def _holds_model(folder: Path) -> bool:
 
 def _keep_others(old: Path, new: Path, replaced: Sequence[str]) -> None:
     """Moves what the new directory lacks from the old one, except what is replaced; drops that."""
-    for path in old.iterdir():
-        is_replaced = _WEIGHT_FILE.fullmatch(path.name) or path.name in replaced
-        if not is_replaced and not (new / path.name).exists():
-            path.rename(new / path.name)
-    shutil.rmtree(old)
+    gone = [SETTINGS, *replaced]
+    if any(_matches(path.name, TOKENIZER) for path in new.iterdir()):
+        gone += TOKENIZER
+    try:
+        for path in old.iterdir():
+            is_replaced = _WEIGHT_FILE.fullmatch(path.name) or _matches(path.name, gone)
+            if not is_replaced and not (new / path.name).exists():
+                path.rename(new / path.name)
+    except OSError as error:
+        raise OSError(
+            f"{new} is written, but what else it held could not be moved there and is in {old}: "
+            f"{error}"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)  # a process may still read the old weights
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _sync(path: Path) -> None:

@@ -12,22 +12,11 @@ from typing import Any
 import torch
 
 from gptj_q8.checkpoint import stored
+from gptj_q8.checkpoint.directory import SETTINGS, TOKENIZER
 from gptj_q8.checkpoint.files import find
 
 # What goes along with the weights as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+COMPANIONS = (*TOKENIZER, SETTINGS, "LICENSE*", "NOTICE*")
 
 
 def local_directory(source: str | Path, revision: str | None = None) -> Path:

@@ -92,7 +92,7 @@ def demo_command(
         # The folder of the default is the demo's own. What lies elsewhere may be another model.
         overwrite = overwrite or output == OUTPUT
         tuned = output.with_name(f"{output.name}-tuned")
-        folder.check_new(tuned, overwrite)
+        folder.check(tuned, resume=False, overwrite=overwrite)
         reports = [
             _convert(screen, folder, config, overwrite) for folder, config in formats.values()
         ]

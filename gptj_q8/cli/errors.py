@@ -58,6 +58,8 @@ def is_expected(error: Exception) -> bool:
     """Whether a user's input, disk or memory explains the error, rather than a bug."""
     if isinstance(error, CliError | OSError | ValueError | MemoryError):
         return True
+    if type(error) is RuntimeError and "can't allocate memory" in str(error):  # PyTorch's, on a CPU
+        return True
     return type(error).__name__ in EXPECTED_NAMES
 
 

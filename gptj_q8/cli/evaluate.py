@@ -75,7 +75,7 @@ def evaluate_command(
 
             on = load.device(device)
             content = load.text(data)
-            tokens = load.tokenizer(*filter(None, (tokenizer, model, against)))
+            tokens = load.tokenizer(tokenizer, model, against)
             ids = load.token_ids(tokens, content, max_tokens)
             network = load.model(model, dtype, on, adapter)
             load.spare_threads(network)
@@ -97,7 +97,7 @@ def evaluate_command(
                 both = compare(
                     network, original, ids, window=window, stride=stride, on_progress=on_progress
                 )
-        source = "the demo's unseen text" if data == load.DEMO else data
+        source = "the demo's unseen text" if load.is_demo(data) else data
         measured = model if adapter is None else f"{model} with {adapter}"
         if original is None:
             screen.say(f"{measured} on {alone.tokens:,} tokens of {source}")

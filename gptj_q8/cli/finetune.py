@@ -97,7 +97,7 @@ def finetune_command(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Continue this before and after; may be repeated.",
+            help="Continue this before and after; may be repeated. With --resume: as at the start.",
             show_default="from held-out text",
         ),
     ] = None,
@@ -142,6 +142,7 @@ def finetune_command(
         save_every=save_every,
         seed=seed,
     )
+    output = output.expanduser()
     with open_screen(json) as screen:
         with screen.working(f"Loading {model} ..."):
             load.quieten()
@@ -151,13 +152,10 @@ def finetune_command(
             from gptj_q8.train.run import finetune
 
             # What can be refused at once is, before a model is loaded for minutes.
-            if resume:
-                folder.read_record(output)
-            else:
-                folder.check_new(output, overwrite)
+            folder.check(output, resume, overwrite)
             documents = load.documents(data)
             on = load.device(device)
-            tokens = load.tokenizer(*filter(None, (tokenizer, model)))
+            tokens = load.tokenizer(tokenizer, model)
             chosen = str(best_dtype(on)).removeprefix("torch.") if dtype == "auto" else dtype
             network = load.trainable_model(model, chosen, on)
             load.spare_threads(network)
@@ -214,11 +212,13 @@ class ScreenListener(Listener):
         self._update(step, steps, f"Step {step} of {steps}: {state}")
         now = time.monotonic()
         if self._began is None:
-            self._began = (now, step - 1)
+            self._began = (now, step)
         if not self._screen.moves and (step % math.ceil(steps / _LINES) == 0 or step == steps):
             began, first = self._began
-            left = (now - began) / (step - first) * (steps - step)
-            self._screen.note(f"Step {step} of {steps}: {state}, {left:.0f} s left")
+            left = ""
+            if step > first:
+                left = f", {(now - began) / (step - first) * (steps - step):.0f} s left"
+            self._screen.note(f"Step {step} of {steps}: {state}{left}")
 
     def held_out(self, step: int, loss: float) -> None:
         self._screen.note(f"After step {step}: held-out loss {loss:.3f}")

@@ -23,6 +23,7 @@ DEMO = "demo"
 # for each other can make it a hundred times as slow.
 SMALL = 20_000_000
 ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def model_path(name: str) -> str:
@@ -142,21 +143,30 @@ def config(name: str) -> PreTrainedConfig:
         raise CliError(f"{name} is no folder here and {why}") from error
 
 
-def tokenizer(*names: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first model that has one."""
+def tokenizer(chosen: str | None, *models: str | None) -> PreTrainedTokenizerBase:
+    """The chosen tokenizer, or that of the first model that has one."""
     from transformers import AutoTokenizer
 
+    names = [chosen] if chosen else [name for name in models if name]
     for name in names:
         path = model_path(name)
         config(name)  # fails here where the model, not its tokenizer, is amiss
         try:
             found = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if any((Path(path) / file).exists() for file in _TOKENIZER_FILES):
+                why = sentence(error)
+                raise CliError(f"{name}: its tokenizer cannot be read: {why}") from error
             continue
         # From a folder without any tokenizer Transformers makes one that knows no word.
         if found.vocab_size > 0:
             return found
     raise CliError(f"{names[0]} has no tokenizer; name one with --tokenizer")
+
+
+def is_demo(data: str) -> bool:
+    """Whether a name of data stands for the demo's, and not for a file or folder here."""
+    return data == DEMO and not Path(data).exists()
 
 
 def text(name: str) -> str:
@@ -165,7 +175,7 @@ def text(name: str) -> str:
 
     if name == "-":
         content = decode(sys.stdin.buffer.read(), name)
-    elif name == DEMO and not Path(name).is_file():
+    elif is_demo(name):
         from gptj_q8.demo import text as demo_text
 
         return demo_text("held_out")
@@ -180,7 +190,7 @@ def documents(name: str) -> list[Document]:
     """Reads what to fine-tune on: files, folders, a dataset, or the demo's proverbs."""
     from gptj_q8.train.texts import read_documents
 
-    return demo_documents() if name == DEMO and not Path(name).exists() else read_documents(name)
+    return demo_documents() if is_demo(name) else read_documents(name)
 
 
 def demo_documents() -> list[Document]:

@@ -34,10 +34,12 @@ def merge_command(
 ) -> None:
     """Write MODEL with ADAPTER in its own weights: a model that needs no adapter.
 
-    Each sum is taken in float32 and rounded once. Memory holds MODEL as it is stored.
+    From an 8-bit MODEL each sum is taken in float32 and rounded once; a float MODEL is summed in
+    its own dtype. Memory holds MODEL as it is stored.
 
     Example: `gptj-q8 merge demo out/proverbs --output out/merged`
     """
+    output = output.expanduser()
     with open_screen(json) as screen:
         with screen.working(f"Merging {adapter} into {model} ..."):
             load.quieten()

@@ -18,6 +18,8 @@ from gptj_q8.nn import Q8Embedding, Q8Linear
 from gptj_q8.nn.adapter import Adapter, lora_linear
 from gptj_q8.nn.quantized import FrozenCodes, QuantizedWeight
 
+MERGED_CODEBOOK = "fitted"
+
 
 class RequantizingLayer(LoraLayer):
     """Merges adapters into an 8-bit base layer by encoding the sum anew, its codebook fitted.
@@ -104,7 +106,7 @@ class RequantizingLayer(LoraLayer):
             name: tensor.cpu() for name, tensor in base.state_dict().items()
         }
         # All of them into the original weight, so that it is rounded once.
-        base._quantize_parts(self.merged_weight(names), "fitted")
+        base._quantize_parts(self.merged_weight(names), MERGED_CODEBOOK)
         if bias is not None:
             base.bias.data = bias
         self._before_merge, self.merged_adapters = before, names

@@ -16,14 +16,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from gptj_q8 import checks, ops
-from gptj_q8.checkpoint import adapters
+from gptj_q8.checkpoint import adapters, card
 from gptj_q8.checkpoint.directory import new_directory
 from gptj_q8.checkpoint.shards import Entry, Writer, parse_size, plan
 from gptj_q8.checkpoint.source import copy_companions, local_directory
 from gptj_q8.checkpoint.stored import PARTS
 from gptj_q8.convert import quantize_
 from gptj_q8.lora import refusals
-from gptj_q8.lora.layers import RequantizingLayer
+from gptj_q8.lora.layers import MERGED_CODEBOOK, RequantizingLayer
 from gptj_q8.models.layers import Quantized
 from gptj_q8.pretrained import load_as_stored
 
@@ -43,8 +43,10 @@ def merge(
     dtype: None writes an 8-bit model: each changed weight is encoded anew, with a codebook fitted
         to it (0.6 % error at block 256); a float model takes `Q8Config()`. A float dtype writes a
         float model, each 8-bit weight rounded once.
-    max_shard_size: of a weight file, in bytes or as "5GB". overwrite: replaces a model in `output`.
+    max_shard_size: of a weight file, in bytes or as "5GB". overwrite: replaces a model in `output`,
+        but not a card that a person wrote.
 
+    From 8 bits each sum is taken in float32 and rounded once; a float model is summed in its dtype.
     Memory holds the model, in 8 bits if it came so, and one decoded weight.
     `output` comes to be when everything is written; after any failure it is as it was.
     FileExistsError as in `convert_checkpoint`; ValueError for an adapter that does not fit the
@@ -59,7 +61,8 @@ def merge(
         raise FileExistsError(f"{target} is what is to be merged; choose another place")
     if Path(adapter).is_dir():
         adapters.read_config(Path(adapter))
-    with new_directory(target, overwrite) as folder:
+    kept_card = card.is_by_a_person(target)
+    with new_directory(target, overwrite, [] if kept_card else [card.FILE]) as folder:
         source = local_directory(os.fspath(model))
         base = load_as_stored(os.fspath(source), dtype="auto" if dtype is None else dtype)
         stored_dtype = base.dtype
@@ -75,8 +78,13 @@ def merge(
             if dtype is None and not quantized:
                 merged = quantize_(merged)
             merged.to(dtype or stored_dtype)
+            if dtype is None:
+                # Of the weights that changed; the others keep their tables.
+                merged.config.quantization_config.codebook = MERGED_CODEBOOK
             merged.name_or_path = ""  # its card shall not call it a copy of the model before
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
+            if kept_card:
+                (folder / card.FILE).unlink(missing_ok=True)
         copy_companions(source, folder)
 
 

@@ -143,9 +143,10 @@ class QuantizedWeight(nn.Module):
     def _quantize_parts(self, weight: Tensor, codebook: str) -> None:
         """Fills the parts from a float weight. Raises ValueError for NaN, Inf, an unknown name."""
         check_name(type(self).__name__, codebook)
-        self.codebook = CODEBOOKS[codebook](weight, self.block_size)
-        codes, self.absmax = ops.quantize(weight, self.codebook, self.block_size)
+        table = CODEBOOKS[codebook](weight, self.block_size)
+        codes, absmax = ops.quantize(weight, table, self.block_size)
         self.codes = FrozenCodes(codes, requires_grad=False)
+        self.absmax, self.codebook = absmax, table
 
     @property
     def weight(self) -> Tensor:

@@ -28,6 +28,7 @@ RECORD = "run.json"
 SUMMARY = "summary.json"
 PLOT = "loss.png"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ADAPTER = ".adapter"  # while it moves into place
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def check_new(folder: Path, overwrite: bool) -> None:
+def check(folder: Path, resume: bool, overwrite: bool) -> None:
     """FileExistsError unless a new run may begin here: in no folder yet, or in an empty one.
 
-    With `overwrite` a folder that holds a run will do as well.
+    With `overwrite` a folder that holds a run will do as well. With `resume` it must hold one that
+    has not ended: FileNotFoundError, ValueError. ValueError for both at once.
     """
+    if resume and overwrite:
+        raise ValueError("a run goes on (--resume) or is replaced (--overwrite), not both")
+    if resume:
+        read_record(folder)
+        if (folder / SUMMARY).exists():
+            raise ValueError(f"the run in {folder} has ended; there is nothing to resume")
+        return
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -83,6 +92,7 @@ def begin(folder: Path, record: Record) -> None:
         for path in folder.iterdir():
             if _CHECKPOINT.fullmatch(path.name):
                 shutil.rmtree(path)
+        shutil.rmtree(folder / _ADAPTER, ignore_errors=True)
         for name in (RECORD, SUMMARY, PLOT, adapters.WEIGHTS, adapters.CONFIG):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +133,18 @@ def check_same(folder: Path, now: Record) -> Record:
 
 
 @contextmanager
-def put_whole(folder: Path, name: str) -> Iterator[Path]:
-    """Gives a folder to fill; its files move to `folder` when the block ends well."""
-    with new_directory(folder / name, overwrite=False) as partial:
+def put_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill with the adapter; its files move to `folder` when the block ends well.
+
+    What a run that was killed meanwhile left behind is written anew.
+    """
+    whole = folder / _ADAPTER
+    shutil.rmtree(whole, ignore_errors=True)
+    with new_directory(whole, overwrite=False) as partial:
         yield partial
-    for path in sorted((folder / name).iterdir()):
+    for path in sorted(whole.iterdir()):
         os.replace(path, folder / path.name)
-    (folder / name).rmdir()
+    whole.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,8 +16,5 @@ class Listener:
     def held_out(self, step: int, loss: float) -> None:
         """The held-out loss was measured, in nats a token."""
 
-    def saved(self, checkpoint: str) -> None:
-        """A checkpoint was written."""
-
     def stopping(self) -> None:
         """Someone asked for an end; the step in hand is finished first."""

@@ -49,7 +49,8 @@ def finetune(
     name: how to call the model in what is written; None takes its `name_or_path`.
     resume: go on from the last checkpoint in `output`, to the same losses as without the stop.
     overwrite: replace another run in `output`.
-    prompts: what the model continues before and after; none takes beginnings of held-out texts.
+    prompts: what the model continues before and after; none takes beginnings of held-out texts. A
+        run that goes on keeps those of its start.
     listener: is told of every step.
 
     Ctrl-C ends the run after the step in hand, with a checkpoint.
@@ -60,13 +61,8 @@ def finetune(
     """
     settings = settings or Settings()
     listener = listener or Listener()
-    output = Path(output)
-    if resume:
-        folder.read_record(output)
-        if (output / folder.SUMMARY).exists():
-            raise ValueError(f"the run in {output} has ended; there is nothing to resume")
-    else:
-        folder.check_new(output, overwrite)
+    output = Path(output).expanduser()
+    folder.check(output, resume, overwrite)
     _check_model(model)
 
     listener.stage("Encoding")
@@ -115,7 +111,7 @@ def finetune(
         listener.stage("Sampling")
         after = sample(model, tokenizer, list(before), settings.seed)
         samples = [Sample(prompt, text, after[prompt]) for prompt, text in before.items()]
-        with folder.put_whole(output, "adapter") as partial:
+        with folder.put_whole(output) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     losses = trainer.curve("loss")

@@ -208,11 +208,6 @@ class Watcher(TrainerCallback):
         if "eval_loss" in logs:
             self.listener.held_out(state.global_step, logs["eval_loss"])
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.listener.saved(f"checkpoint-{state.global_step}")
-
 
 def make_trainer(
     model: Any,
