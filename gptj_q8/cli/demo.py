@@ -79,7 +79,7 @@ def demo_command(
             on = load.device(device)
             # Not by the name `demo`, which a folder here may bear too.
             source = str(model_dir())
-            tokens = load.tokenizer(source)
+            tokens = load.tokenizer(None, source)
 
         screen.heading("1. Convert the small Spanish GPT-J to 8 bits")
         formats = {
@@ -199,7 +199,7 @@ def _finetune(
     with screen.progress("Loading") as update:
         report = finetune(
             load.trainable_model(source, dtype, on),
-            load.tokenizer(source),
+            load.tokenizer(None, source),
             load.demo_documents(),
             target,
             LESSON,

@@ -73,7 +73,7 @@ def generate_command(
             from gptj_q8.generate import generate
 
             on = load.device(device)
-            tokens = load.tokenizer(tokenizer or model)
+            tokens = load.tokenizer(tokenizer, model)
             network = load.model(model, dtype, on, adapter)
             load.spare_threads(network)
         if seed is None:

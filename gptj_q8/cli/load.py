@@ -161,7 +161,8 @@ def tokenizer(chosen: str | None, *models: str | None) -> PreTrainedTokenizerBas
         # From a folder without any tokenizer Transformers makes one that knows no word.
         if found.vocab_size > 0:
             return found
-    raise CliError(f"{names[0]} has no tokenizer; name one with --tokenizer")
+    advice = "" if chosen else "; name one with --tokenizer"
+    raise CliError(f"{names[0]} has no tokenizer{advice}")
 
 
 def is_demo(data: str) -> bool:
