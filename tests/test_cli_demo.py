@@ -77,7 +77,7 @@ def test_demo_replaces_no_other_model(byte_dir: Path) -> None:
     result = run("demo", "--output", byte_dir)
     assert result.exit_code == 1
     assert (
-        "choose another place, or overwrite it: overwrite=True, on the command line --overwrite"
-        in result.stderr
+        "is not empty; choose another place, or overwrite it: overwrite=True, on the command line "
+        "--overwrite" in result.stderr
     )
     assert contents(byte_dir) == before

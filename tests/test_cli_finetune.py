@@ -131,8 +131,8 @@ def test_a_merged_model_answers_as_the_adapter_did(
     again = run("merge", byte_dir, out, "-o", merged)
     assert again.exit_code == 1
     assert (
-        "choose another place, or overwrite it: overwrite=True, on the command line --overwrite"
-        in again.stderr
+        "is not empty; choose another place, or overwrite it: overwrite=True, on the command line "
+        "--overwrite" in again.stderr
     )
 
 

@@ -96,7 +96,7 @@ def _holds_model(folder: Path) -> bool:
 def _keep_others(old: Path, new: Path, replaced: Sequence[str]) -> None:
     """Moves what the new directory lacks from the old one, except what is replaced; drops that."""
     gone = [SETTINGS, *replaced]
-    if any(_matches(path.name, TOKENIZER) for path in new.iterdir()):
+    if holds_tokenizer(new):
         gone += TOKENIZER
     try:
         for path in old.iterdir():
@@ -109,6 +109,11 @@ def _keep_others(old: Path, new: Path, replaced: Sequence[str]) -> None:
             f"{error}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)  # a process may still read the old weights
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any(_matches(path.name, TOKENIZER) for path in folder.iterdir())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -23,7 +23,6 @@ DEMO = "demo"
 # for each other can make it a hundred times as slow.
 SMALL = 20_000_000
 ADAPTER_CONFIG = "adapter_config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def model_path(name: str) -> str:
@@ -147,6 +146,8 @@ def tokenizer(chosen: str | None, *models: str | None) -> PreTrainedTokenizerBas
     """The chosen tokenizer, or that of the first model that has one."""
     from transformers import AutoTokenizer
 
+    from gptj_q8.checkpoint.directory import holds_tokenizer
+
     names = [chosen] if chosen else [name for name in models if name]
     for name in names:
         path = model_path(name)
@@ -154,7 +155,7 @@ def tokenizer(chosen: str | None, *models: str | None) -> PreTrainedTokenizerBas
         try:
             found = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            if any((Path(path) / file).exists() for file in _TOKENIZER_FILES):
+            if Path(path).is_dir() and holds_tokenizer(Path(path)):
                 why = sentence(error)
                 raise CliError(f"{name}: its tokenizer cannot be read: {why}") from error
             continue
