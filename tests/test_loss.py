@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from allocated import peak_allocated
 from cases import DTYPES, relative_error
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -225,44 +224,24 @@ def test_bad_arguments() -> None:
         linear_cross_entropy(hidden, float_head(), labels, label_smoothing=0.1)  # type: ignore[call-arg]
 
 
-MEMORY = """
-import sys, torch
-from torch import nn
-from benchmarks.memory_peak import peak_anonymous_memory
-from gptj_q8.nn.loss import linear_cross_entropy
-from transformers.loss.loss_utils import ForCausalLMLoss
-
-rows, words = 2048, 32768
-torch.set_num_threads(1)
-head = nn.Linear(32, words).bfloat16().requires_grad_(False)
-hidden = torch.randn(1, rows, 32).bfloat16().requires_grad_()
-labels = torch.randint(words, (1, rows))
-def step(rows):
-    if sys.argv[1] == "chunks":
-        linear_cross_entropy(hidden[:, :rows], head, labels[:, :rows], chunk_rows=64).backward()
-    else:
-        ForCausalLMLoss(head(hidden[:, :rows]), labels[:, :rows], words).backward()
-step(8)
-with peak_anonymous_memory(0.001) as peak:
-    before = peak()
-    step(rows)
-print((peak() - before) / (4 * rows * words))
-"""
-
-
 def test_memory_is_that_of_a_chunk() -> None:
-    """In float32 logits of all rows, 268 MB: a chunk is 1 / 32, and takes at most three of them.
+    """In float32 logits of all rows, 268 MB: a chunk is 1 / 32 of that.
 
-    With AMX, PyTorch's product of bfloat16 takes one or two for itself.
+    It takes two: logits and their gradient in bfloat16, and in float32 once.
     """
-    whole, chunks = (
-        float(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, how], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for how in ("whole", "chunks")
-    )
-    assert whole > 2, "or this test would see nothing"
-    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert chunks < (5 if amx else 3) / 32
+    rows, words = 2048, 32768
+    head = nn.Linear(32, words).bfloat16().requires_grad_(False)
+    hidden = torch.randn(1, rows, 32).bfloat16().requires_grad_()
+    labels = torch.randint(words, (1, rows))
+
+    def whole() -> None:
+        ForCausalLMLoss(head(hidden), labels, words).backward()
+        hidden.grad = None
+
+    def chunks() -> None:
+        linear_cross_entropy(hidden, head, labels, chunk_rows=64).backward()
+        hidden.grad = None
+
+    logits = 4 * rows * words
+    assert peak_allocated(whole) > 2 * logits, "or this test would see nothing"
+    assert peak_allocated(chunks) < 2.1 / 32 * logits

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from allocated import peak_allocated
 from command_line import POSITIONS, read_json, run, save_byte_gptj
 from peft import LoraConfig, get_peft_model
 from tiny import gpt2, gptj
@@ -104,47 +102,25 @@ def test_a_loaded_model_is_counted_as_its_configuration_is() -> None:
     assert loaded.standing["weights"] == pytest.approx(weights, rel=0.01)
 
 
-# A quarter of GPT-J's width, so that what a block's backward pass takes outweighs all else.
-PEAK = """
-import sys, torch
-from benchmarks.memory_peak import peak_anonymous_memory
-from tiny import gptj
-from gptj_q8 import add_lora, prepare_for_finetuning, quantize_
-from gptj_q8.memory import estimate_loaded
-
-torch.set_num_threads(1)
-checkpointing, tokens = sys.argv[1] == "True", 1024
-sizes = {"n_embd": 1024, "n_layer": 2, "n_head": 4, "vocab_size": 512, "rotary_dim": 64}
-model = quantize_(gptj(**sizes, n_positions=tokens).bfloat16())
-model = prepare_for_finetuning(add_lora(model), checkpointing=checkpointing, verbose=False)
-ids = torch.randint(512, (1, tokens))
-
-def step(ids):
-    model(input_ids=ids, labels=ids).loss.backward()
-    model.zero_grad()
-
-step(ids[:, :8])
-with peak_anonymous_memory(0.0005) as peak:
-    before = peak()
-    step(ids)
-found = estimate_loaded(model, tokens, 1, checkpointing)
-print(peak() - before, found.total - sum(found.standing.values()))
-"""
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_steps_peak_is_as_estimated(checkpointing: bool) -> None:
-    """Anonymous memory that a step takes beside what stands, measured in a process of its own."""
-    path = f"{Path(__file__).parent}:{Path(__file__).parent.parent}"
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(checkpointing)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    measured, expected = map(float, done.stdout.split())
-    assert measured == pytest.approx(expected, rel=0.1)
+    """What the tensors of a step take beside those that stand.
+
+    A quarter of GPT-J's width, so that what a block's backward pass takes outweighs all else.
+    """
+    tokens = 1024
+    sizes = {"n_embd": 1024, "n_layer": 2, "n_head": 4, "vocab_size": 512, "rotary_dim": 64}
+    model = add_lora(quantize_(gptj(**sizes, n_positions=tokens).bfloat16()))
+    model = prepare_for_finetuning(model, checkpointing=checkpointing, verbose=False)
+    ids = torch.randint(512, (1, tokens))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    found = estimate_loaded(model, tokens, 1, checkpointing)
+    expected = found.total - sum(found.standing.values())
+    assert peak_allocated(step) == pytest.approx(expected, rel=0.1)
 
 
 def test_full_size_is_the_issues_own_figures() -> None:
