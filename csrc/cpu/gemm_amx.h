@@ -29,6 +29,13 @@ constexpr int kPair = 32;       // columns of B that meet in four registers
 constexpr int64_t kTileValues = kTile * kTileDepth;
 constexpr int64_t kRun = 8;  // tiles of the reduction that all rows go past before the next come
 
+// Columns of W for which every row keeps one scale, from every multiple of it on; at most 256.
+// Callers decide from how many on that serves.
+inline int64_t segment_of(const Weight& w) {
+  const int64_t common = w.cols & -w.cols;  // the largest power of two that divides K
+  return min_of(min_of(common, int64_t{1} << w.block_shift), kRun * kTileDepth);
+}
+
 struct TilePanel {
   using A = bf16;
   static constexpr int kWidth = 2;
@@ -42,6 +49,18 @@ struct TilePanel {
   }
   static Q8_INLINE __m512i pairs(__m512 even, __m512 odd) { return Bf16Panel::pairs(even, odd); }
 };
+
+// Part p of 32 values to row + p * kTileValues: what bfloat16 holds of what the parts before it
+// lack.
+template <int Parts>
+Q8_INLINE void store_parts(__m512 low, __m512 high, bf16* row) {
+  for (int p = 0; p < Parts; ++p) {
+    const auto part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    _mm512_store_si512(row + p * kTileValues, part);
+    low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(part)));
+    high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(part, 1)));
+  }
+}
 
 // a[rows, depth] in tiles: [run][16 rows][32 of depth][part][16][32], zeros past the ends. The runs
 // come first, so that what meets one panel lies together: at distances of 128 KB it would fall on
@@ -96,21 +115,11 @@ struct TiledA {
           const __mmask32 mask = static_cast<__mmask32>(first64(n));
           _mm512_store_si512(row, _mm512_maskz_loadu_epi16(mask, source));
         } else {
-          store_parts(low, high, row);
+          store_parts<Parts>(low, high, row);
         }
       }
     }
     return _mm512_reduce_max_ps(most);
-  }
-
-  // Each part is what bfloat16 holds of what the parts before it lack.
-  static Q8_INLINE void store_parts(__m512 low, __m512 high, bf16* row) {
-    for (int p = 0; p < Parts; ++p) {
-      const auto part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-      _mm512_store_si512(row + p * kTileValues, part);
-      low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(part)));
-      high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(part, 1)));
-    }
   }
 };
 
@@ -122,6 +131,7 @@ struct Settling {
   int64_t row = 0, rows = 0;
   bool first = false;
 
+  Q8_INLINE int64_t left() const { return rows - row; }
   Q8_INLINE void some(int64_t count) {
     const int64_t end = min_of(rows, row + count);
     for (; row < end; ++row) {
@@ -136,11 +146,10 @@ struct Settling {
 };
 
 // Tall blocks of 16 rows of `a`, `stride` values apart, times a pair of columns of tiles: the sums
-// in registers 0 to 3 grow by `steps` of the reduction, while `settling` goes on.
-template <int Parts, int Tall>
+// in registers 0 to 3 grow by `steps` of the reduction, while `work` goes on, `at_once` in a step.
+template <int Parts, int Tall, class Work>
 Q8_INLINE void add_products(const bf16* a, int64_t stride, const uint32_t* b, int64_t steps,
-                            Settling& settling) {
-  const int64_t at_once = ceil_div(settling.rows - settling.row, steps);
+                            int64_t at_once, Work& work) {
   for (int64_t s = 0; s < steps; ++s) {
     tile_load<6>(b + s * 512, 64);
     tile_load<7>(b + s * 512 + 256, 64);
@@ -155,7 +164,7 @@ Q8_INLINE void add_products(const bf16* a, int64_t stride, const uint32_t* b, in
         tile_multiply_add<3, 5, 7>();
       }
     }
-    settling.some(at_once);
+    work.some(at_once);
   }
 }
 
@@ -209,7 +218,8 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
       for (int64_t s = 0; s < steps; s += segments.steps) {
         zero_sums<kTall>();
         add_products<Parts, kTall>(rows + s * Parts * kTileValues, stride, pair + s * 512,
-                                   segments.steps, settling);
+                                   segments.steps, ceil_div(settling.left(), segments.steps),
+                                   settling);
         store_sums<kTall>(sums[turn]);
         settling = {sums[turn], out,           segments.scales + s / segments.steps * kPair,
                     0,          kTall * kTile, first && s == 0};
@@ -217,7 +227,7 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
       }
     } else {
       first ? zero_sums<kTall>() : load_sums<kTall>(out);
-      add_products<Parts, kTall>(rows, stride, pair, steps, settling);
+      add_products<Parts, kTall>(rows, stride, pair, steps, 0, settling);
       store_sums<kTall>(out);
     }
   };
@@ -226,7 +236,22 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
     block_of_rows(block, std::integral_constant<int, 2>{});
   }
   if (block < a.blocks) block_of_rows(block, std::integral_constant<int, 1>{});
-  settling.some(settling.rows);
+  settling.some(settling.left());
+}
+
+// out[0:rows][0:cols] = c[pair][padded_rows][32] + bias, out's rows `stride` apart; bias may be
+// null.
+template <class T>
+void store_pairs(const float* c, int64_t padded_rows, int64_t rows, int64_t cols, const float* bias,
+                 T* out, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t g = 0; g < ceil_div(cols, 16); ++g) {
+      const __mmask16 mask = first16(cols - 16 * g);
+      const __m512 sum = _mm512_load_ps(c + (g / 2 * padded_rows + i) * kPair + g % 2 * 16);
+      const __m512 add = bias ? load16(bias + 16 * g, mask) : _mm512_setzero_ps();
+      store16(out + i * stride + 16 * g, mask, _mm512_add_ps(sum, add));
+    }
+  }
 }
 
 // at_once: panels that share a run of `a` in the L2 cache, while their part of c, 128 KB for each
@@ -277,16 +302,8 @@ void multiply_tiles(const Pool& pool, const TiledA<Parts>& a, int64_t rows, int6
         }
       }
       const int64_t first = strip * kColumns;
-      const int64_t groups = ceil_div(min_of(cols, last * kColumns) - first, 16);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t g = 0; g < groups; ++g) {
-          const __mmask16 mask = first16(cols - first - 16 * g);
-          const __m512 sum =
-              _mm512_load_ps(c.data() + (g / 2 * padded_rows + i) * kPair + g % 2 * 16);
-          const __m512 add = bias ? load16(bias + first + 16 * g, mask) : _mm512_setzero_ps();
-          store16(out + i * cols + first + 16 * g, mask, _mm512_add_ps(sum, add));
-        }
-      }
+      store_pairs(c.data(), padded_rows, rows, min_of(cols, last * kColumns) - first,
+                  bias ? bias + first : nullptr, out + first, cols);
     }
   };
   parallel(pool, ceil_div(cols, kColumns), 1, run_panels);

@@ -59,13 +59,6 @@ struct FillLevels {
   }
 };
 
-// Columns of W for which every row keeps one scale, from every multiple of it on; at most a run's.
-// Less than a tile's depth: not for tiles.
-int64_t segment_of(const Weight& w) {
-  const int64_t common = w.cols & -w.cols;  // the largest power of two that divides K
-  return min_of(min_of(common, int64_t{1} << w.block_shift), kRun * kTileDepth);
-}
-
 // Whether y is done.
 template <bool Wide, class T>
 bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
@@ -79,7 +72,7 @@ bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   }
   const int64_t segment = segment_of(w), at_once = panels_at_once(a.m);
   if constexpr (!Wide) {
-    if (segment >= kTileDepth) {
+    if (segment >= kTileDepth) {  // else a tile would hold levels of several scales
       return multiply_in_passes<true, kParts>(pool, x, a.m, w.cols, w.rows, at_once, FillLevels{w},
                                               segment, a.bias, y);
     }
