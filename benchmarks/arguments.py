@@ -31,14 +31,20 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def cpu_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The same for a benchmark that runs on the CPU, to its end."""
+    """The same for a benchmark that runs on the CPU, to its end, on some number of threads."""
+    made = bare_parser(module, doc)
+    made.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
+    return made
+
+
+def bare_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """The same for one that counts, or whose work others do."""
     made = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--tiny", action="store_true", help="dry run on tiny shapes: checks, no news")
-    made.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     return made
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import cpu_parser
+from benchmarks.arguments import bare_parser
 from benchmarks.machine import new_results
 from benchmarks.report import finish
 from benchmarks.results import GIGA, Model
@@ -76,7 +76,7 @@ def models(config: Any) -> Iterator[Model]:
 def main(argv: list[str]) -> int:
     from transformers import GPTJConfig
 
-    options = cpu_parser("benchmarks.bench_memory", __doc__).parse_args(argv)
+    options = bare_parser("benchmarks.bench_memory", __doc__).parse_args(argv)
     results = new_results(torch.device("cpu"), "benchmarks.bench_memory", argv)
     results.models += models(GPTJConfig())  # whose defaults are those of GPT-J-6B
     return finish(results, options.json)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import cpu_parser
+from benchmarks.arguments import bare_parser
 from benchmarks.machine import new_results
 from benchmarks.memory_peak import Watched, watch
 from benchmarks.report import finish
@@ -105,7 +105,7 @@ def write_apart(directory: Path, layers: int) -> int:
 
 
 def main(argv: list[str]) -> int:
-    made = cpu_parser("benchmarks.bench_old_checkpoint", __doc__)
+    made = bare_parser("benchmarks.bench_old_checkpoint", __doc__)
     made.add_argument("--layers", type=int, default=28, help="blocks of GPT-J; 28 unless given")
     made.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one")
     options = made.parse_args(argv)

@@ -120,13 +120,18 @@ class Bench:
         if time.monotonic() - self.started > self.seconds:
             _add(self.results.skipped, Note(case.label, f"{self.seconds:.0f} s were over"))
             return
+        wanted = [
+            name
+            for name in makers
+            if not self.only or name in self.only or name.split()[0] in self.only
+        ]
+        if self.only and not wanted:
+            reason = f"no system is named {' or '.join(self.only)}: there are {', '.join(makers)}"
+            _add(self.results.skipped, Note(case.op, reason))
+            return
         self.say(f"{case.label} ...")
         with torch.no_grad():
-            checked = {
-                name: self._checked(case, name, make)
-                for name, make in makers.items()
-                if not self.only or name in self.only or name.split()[0] in self.only
-            }
+            checked = {name: self._checked(case, name, makers[name]) for name in wanted}
             systems = {name: found for name, found in checked.items() if found}
             try:
                 timings = compare(

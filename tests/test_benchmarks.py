@@ -21,12 +21,13 @@ CPU = torch.device("cpu")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+CASE = Case("linear", "tiny", 1, 96, 64, torch.float32, 2 * 96 * 64, "torch")
+
+
 def bench_one(tmp_path: Path, **makers: Callable[[], System]) -> Results:
     """The results of one tiny case, as its JSON file holds them."""
     path = tmp_path / "results.json"
-    bench = Bench(CPU, new_results(CPU, "benchmarks.test", []), path, dry=True)
-    case = Case("linear", "tiny", 1, 96, 64, torch.float32, 2 * 96 * 64, "torch")
-    bench.run(case, makers)
+    Bench(CPU, new_results(CPU, "benchmarks.test", []), path, dry=True).run(CASE, makers)
     return Results.read(path)
 
 
@@ -101,6 +102,20 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert [row.system for row in results.rows] == ["torch"]
     assert results.skipped[0].reason == "peer is not installed"
     assert results.failed[0].reason == "RuntimeError: cannot open weights"
+
+
+def test_names_of_no_system_are_told() -> None:
+    results = new_results(CPU, "benchmarks.test", [])
+    bench = Bench(CPU, results, only=["ours", "gptj_q8"], dry=True)
+    bench.run(CASE, {"gptj_q8 cpu": system, "torch": system})
+    assert [row.system for row in results.rows] == ["gptj_q8 cpu"]
+    assert not results.skipped
+    bench.only = ["ours", "PyTorch"]
+    bench.run(CASE, {"gptj_q8": system, "torch": system})
+    assert results.skipped[0].what == "linear"
+    assert results.skipped[0].reason == (
+        "no system is named ours or PyTorch: there are gptj_q8, torch"
+    )
 
 
 @pytest.mark.parametrize(("load", "busy"), [(None, False), (1.0, False), (1.6, True)])
