@@ -38,7 +38,7 @@ def cpu_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def bare_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The same for one that counts, or whose work others do."""
+    """The same without --threads, for one that counts, or whose work is done in other processes."""
     made = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,

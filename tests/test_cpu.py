@@ -75,18 +75,21 @@ def test_an_instruction_set_can_be_forced() -> None:
         (11, 800, 333, "arbitrary"),
         (1, 1022, 1024, "gaussian"),
         (70, 606, 256, "gaussian"),
+        (150, 606, 384, "gaussian"),
+        (150, 606, 512, "gaussian"),
     ],
 )
+@pytest.mark.parametrize("block_size", [64, 256])
 def test_thread_count_changes_no_bit(
-    m: int, n: int, k: int, table: str, dtype: torch.dtype, isa: str
+    m: int, n: int, k: int, table: str, block_size: int, dtype: torch.dtype, isa: str
 ) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = every_op(m, n, k, 64, dtype, table)
+        one = every_op(m, n, k, block_size, dtype, table)
         for count in (2, 3):
             torch.set_num_threads(count)
-            several = every_op(m, n, k, 64, dtype, table)
+            several = every_op(m, n, k, block_size, dtype, table)
             assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
     finally:
         torch.set_num_threads(threads)
@@ -115,7 +118,7 @@ class GuardedPages:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 1, 1), (1, 6, 192), (3, 5, 77), (4, 7, 4160), (6, 67, 129), (17, 66, 320)],
+    [(1, 1, 1), (1, 6, 192), (3, 5, 77), (4, 7, 4160), (6, 67, 129), (17, 66, 320), (17, 67, 384)],
 )
 def test_nothing_is_read_past_the_end(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     pages = GuardedPages()

@@ -120,7 +120,7 @@ def test_a_steps_peak_is_as_estimated(checkpointing: bool) -> None:
 
     found = estimate_loaded(model, tokens, 1, checkpointing)
     expected = found.total - sum(found.standing.values())
-    assert peak_allocated(step) == pytest.approx(expected, rel=0.1)
+    assert 0.92 * expected < peak_allocated(step) <= expected
 
 
 def test_full_size_is_the_issues_own_figures() -> None:

@@ -13,6 +13,17 @@ Q8_INLINE bool are_few(int64_t rows, const Weight& w) {
   return rows <= kFewRows && w.block_shift > 5;
 }
 
+// What no element of dy times a scale exceeds in magnitude.
+template <class T>
+float largest_scaled(const Pool& pool, const T* dy, int64_t m, const Weight& w) {
+  const int64_t blocks = ceil_div(w.rows * w.cols, int64_t{1} << w.block_shift);
+  return max_abs(pool, dy, m * w.rows) * max_abs(pool, w.absmax, blocks);
+}
+
+// How many rows ahead rows of W are prefetched: each lies in another page, which no hardware
+// prefetcher follows.
+constexpr int64_t kAhead = 16;
+
 // 64 columns of one row of W, scaled; a row past the end is zeros.
 template <bool Wide>
 Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, int64_t k,
@@ -53,8 +64,6 @@ struct FillColumns {
   // panel[p][n][0:64] = W[begin + n, k + 64 p:k + 64 p + 64]
   void operator()(Place place, int64_t end, Place, uint32_t* panel) const {
     const FloatTable table(w.codebook);
-    // Each row lies in another page, which no hardware prefetcher follows.
-    constexpr int64_t kAhead = 16;
     for (int64_t n = place.begin; n < end; n += P::kWidth) {
       const int64_t step = (n - place.begin) / P::kWidth;
       for (int64_t p = 0; p < place.panels; ++p) {

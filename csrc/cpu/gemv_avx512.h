@@ -3,7 +3,7 @@
 // W is decoded in registers and never written. One piece of work owns whole rows of W and walks
 // along one row at a time; sums of a block are scaled by absmax once. x is arranged once for each
 // call, padded with zeros to whole registers. product_avx512.h multiplies. The caller has made sure
-// that scale_can_wait.
+// that x may_meet_levels.
 // Why this shape: at M = 1 the codes stream from memory once and everything else must hide behind
 // that: 12 instructions decode 64 codes and 2 multiply them, for each part of x. How many rows of W
 // one row of x meets at a time is the caller's choice, AtOnce, for it depends on the machine: one

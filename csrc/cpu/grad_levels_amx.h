@@ -3,18 +3,18 @@
 //
 // For float32 and float16, whose products weights rounded to bfloat16 would spoil: dy takes the
 // scales instead, and is split into three values of bfloat16, exactly, or into two, to 2^-17;
-// levels are exact. One piece of work owns a strip of such columns and up to 512 rows of dx, so the
-// order of additions does not depend on the number of threads. It decodes 512 rows of the strip at
-// a time. Blocks of 32 rows of dy by 256 of the reduction, scaled and split, meet all columns of
-// the strip.
+// levels are exact. One piece of work owns a strip of such columns and some rows of dx, and adds to
+// each element in the order of W's rows, whatever the piece. It decodes 512 rows of W at a time.
+// Blocks of 32 rows of dy by 256 of the reduction, scaled and split, meet all columns of the strip.
 //
 // Why this shape: 16 values take some 20 vector instructions to scale and split, and then 8 to 12
 // cycles of tile instructions for each 128 columns, so the next block is scaled between those of
 // this one. One thread, float32, 4096 x 4096, 512 rows: 46 ms, 56 with one after the other, 106
-// without tiles; parts that come from the L1 cache, of 128 of the reduction, cost more in loads and
-// stores of dx, 52. dy is read once for each strip; two strips at a time gained nothing.
+// without tiles. With 128 of the reduction, whose blocks the L1 cache holds, dx is loaded and
+// stored twice as often: 52. dy is read once for each strip; two strips at a time gained nothing.
 #pragma once
 
+#include "fill_columns_avx512.h"
 #include "gemm_amx.h"
 
 namespace gptj_q8::Q8_ISA {
@@ -26,7 +26,6 @@ struct FillLevelColumns {
   // panel[p][n][0:64] = levels of W[begin + n, k + 64 p:k + 64 p + 64]; zeros in rows past the end.
   void operator()(Place place, int64_t end, uint32_t* panel) const {
     const Table table(w.codebook, as_bf16);
-    constexpr int64_t kAhead = 16;  // as in FillColumns
     for (int64_t n = place.begin; n < end; n += 2) {
       for (int64_t p = 0; p < place.panels; ++p) {
         const int64_t k = place.column + p * kColumns;
@@ -62,8 +61,8 @@ struct Scaling {
 
   const T* dy;
   int64_t stride;        // from row to row
-  int64_t count, depth;  // rows and columns there are; any number of rows, up to kRun * 32 columns
-  const float* scales;   // aligned, and finite up to a multiple of 32
+  int64_t count, depth;  // rows of dy there are, and columns, up to kRun * 32
+  const float* scales;   // aligned; zeros from `depth` to a multiple of 32
   bf16* tiles;
   int64_t rows;  // to do, of tiles; a multiple of 16
   int64_t row = 0, column = 0;
@@ -139,7 +138,7 @@ struct LevelStrip {
     first.some(first.left());
     int64_t block = 0;
     for (; block + 2 <= blocks; block += 2) {
-      multiply_blocks<2>(block, n, depth, scaling(min_of(block + 2, blocks)));
+      multiply_blocks<2>(block, n, depth, scaling(block + 2));
     }
     if (block < blocks) multiply_blocks<1>(block, n, depth, scaling(blocks));
   }
@@ -163,21 +162,25 @@ struct LevelStrip {
   Q8_INLINE bf16* tiles_of(int64_t block) const { return scaled.data() + block % 4 * Rows::kBlock; }
 };
 
-// strip: columns that keep one scale in every row, from every multiple of it on; 64, 128 or 256.
+// strip: columns that keep one scale in every row, from every multiple of it on; 128 or 256.
 template <int Parts, class T>
 void multiply_levels(const Pool& pool, const T* dy, int64_t m, const Weight& w, int64_t strip,
                      T* dx) {
+  // Fewer rows decode W more often, and narrower strips scale dy more often, but no thread idles.
+  int64_t rows = kRowsPerPass;
+  const auto pieces = [&] { return w.cols / strip * ceil_div(m, rows); };
+  while (rows > 64 && pieces() < 4 * pool.threads()) rows /= 2;
+  if (strip == 256 && pieces() < pool.threads()) strip /= 2;
   const int64_t strips = w.cols / strip;
   auto run = [&](int64_t begin, int64_t end) {
     const Tiles tiles;
-    LevelStrip<Parts, T> one(w, strip, min_of(m, kRowsPerPass));
+    LevelStrip<Parts, T> one(w, strip, min_of(m, rows));
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t row = piece / strips * kRowsPerPass;
-      one.run(dy + row * w.rows, min_of(m - row, kRowsPerPass), piece % strips * strip,
-              dx + row * w.cols);
+      const int64_t row = piece / strips * rows;
+      one.run(dy + row * w.rows, min_of(m - row, rows), piece % strips * strip, dx + row * w.cols);
     }
   };
-  parallel(pool, strips * ceil_div(m, kRowsPerPass), 1, run);
+  parallel(pool, pieces(), 1, run);
 }
 
 }  // namespace gptj_q8::Q8_ISA

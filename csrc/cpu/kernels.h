@@ -10,10 +10,11 @@
 namespace gptj_q8 {
 
 // Runs task(context, begin, end) over pieces of [0, count), in parallel; a piece of `grain` is
-// about worth a thread.
+// about worth a thread. threads() is how many it has.
 struct Pool {
   using Task = void (*)(void* context, int64_t begin, int64_t end);
   void (*run)(int64_t count, int64_t grain, Task task, void* context);
+  int64_t (*threads)();
 };
 
 template <class F>
@@ -42,11 +43,11 @@ struct LinearArgs {
   void* y;
 };
 
-// Whether sums of x * level may be taken before the scale of their block meets them: where x is all
-// zeros, or its largest magnitude far from both ends of float32. x * (level * scale) is right for
-// any x.
-Q8_INLINE bool scale_can_wait(float largest_of_x) {
-  return largest_of_x == 0.0f || (largest_of_x > 0x1p-80f && largest_of_x < 0x1p100f);
+// Whether factors of this largest magnitude may meet bare levels, with the scale applied to the
+// sums, or before, to the factors: they are all zeros, or the largest is far from both ends of
+// float32. Parts of those below 2^-110 may be lost. x * (level * scale) is right for any x.
+Q8_INLINE bool may_meet_levels(float largest) {
+  return largest == 0.0f || (largest > 0x1p-80f && largest < 0x1p100f);
 }
 
 struct Kernels {

@@ -66,7 +66,7 @@ bool linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   constexpr int kParts = kBf16 ? 1 : std::is_same_v<T, f16> ? 2 : 3;
   const Weight& w = a.weight;
   if (a.m <= kFewRows<T>) {
-    if (!scale_can_wait(max_abs(x, a.m * w.cols))) return false;
+    if (!may_meet_levels(max_abs(x, a.m * w.cols))) return false;
     linear_few<kRowsAtOnce<Wide>, Wide>(a, pool, x, y);
     return true;
   }

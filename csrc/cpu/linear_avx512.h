@@ -2,7 +2,7 @@
 //
 // x, y [M, K], [M, N] in one of float32, bfloat16, float16; codes [N, K]; blocks run on across
 // rows. The host has checked that all arrays have these sizes.
-// Few rows of x: gemv_avx512.h, decoding in registers, if scale_can_wait. Else: the panels of
+// Few rows of x: gemv_avx512.h, decoding in registers, if x may_meet_levels. Else: the panels of
 // gemm_avx512.h, filled by fill_rows_avx512.h.
 #pragma once
 
@@ -28,7 +28,7 @@ void linear_typed(const LinearArgs& a, const Pool& pool, const T* x, T* y) {
   if (a.m > kFewRows<T, Wide>) {
     return multiply_any<PanelOf<T>>(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
   }
-  if (!scale_can_wait(max_abs(x, a.m * w.cols))) {
+  if (!may_meet_levels(max_abs(x, a.m * w.cols))) {
     return multiply_any<FloatPanel>(pool, x, a.m, w.cols, w.rows, make_fill, a.bias, y);
   }
   linear_few<1, Wide>(a, pool, x, y);

@@ -1,8 +1,8 @@
 // linear_grad_input on AMX tiles: dx[M, K] = dy[M, N] @ W[N, K], for more than a few rows of dy.
 //
 // Scales change along the reduction. bfloat16: panels hold scaled weights rounded to it. float32
-// and float16: dy takes the scales and meets bare levels, where bfloat16 holds these and blocks end
-// at the same columns in all rows. All else is avx512's.
+// and float16: dy takes the scales and meets bare levels, where bfloat16 holds these and 128
+// columns or more keep one scale in every row. All else is avx512's.
 #define Q8_ISA amx
 #include "registers_avx512.h"
 
@@ -19,7 +19,7 @@ constexpr int64_t kPanelsAtOnce = 8;
 
 // Columns that dy, once scaled, must meet to be worth that. 4096 x 4096, one thread, avx512's time
 // as a multiple of this one's, on 5, 64 and 512 rows: float32, 64 columns 0.9, 1.3, 1.1, 128
-// columns 1.2, 1.8, 1.8; float16, 64 columns 0.9, 1.6, 1.7.
+// columns 1.2, 1.8, 1.8; float16, 64 columns 0.9, 1.6, 1.7, for which there is no case of its own.
 constexpr int64_t kNarrowestStrip = 128;
 
 void multiply_weights(const LinearGradInputArgs& a, const Pool& pool, bool exact) {
@@ -33,14 +33,13 @@ void multiply_weights(const LinearGradInputArgs& a, const Pool& pool, bool exact
   exact ? run(FillColumns<TilePanel, false>{w}) : run(FillColumns<TilePanel, true>{w});
 }
 
-// Whether dx is done: not where dy times a scale is near an end of float32's range.
+// Whether dx is done: not where the largest dy times the largest scale is near an end of float32's
+// range.
 template <class T>
 bool grad_by_levels(const LinearGradInputArgs& a, const Pool& pool, int64_t strip) {
   const Weight& w = a.weight;
   const auto* dy = static_cast<const T*>(a.dy);
-  const int64_t blocks = ceil_div(w.rows * w.cols, int64_t{1} << w.block_shift);
-  const float largest = max_abs(pool, dy, a.m * w.rows) * max_abs(pool, w.absmax, blocks);
-  if (!scale_can_wait(largest)) return false;
+  if (!may_meet_levels(largest_scaled(pool, dy, a.m, w))) return false;
   constexpr int kParts = std::is_same_v<T, f16> ? 2 : 3;
   multiply_levels<kParts>(pool, dy, a.m, w, strip, static_cast<T*>(a.dx));
   return true;

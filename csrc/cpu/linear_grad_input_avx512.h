@@ -106,13 +106,9 @@ void few_typed(const Pool& pool, const Weight& w, const T* dy, T* dx) {
 template <bool Wide, class T>
 void grad_input(const LinearGradInputArgs& a, const Pool& pool, const T* dy, T* dx) {
   const Weight& w = a.weight;
-  if (are_few(a.m, w)) {
-    const int64_t blocks = ceil_div(w.rows * w.cols, int64_t{1} << w.block_shift);
-    const float largest = max_abs(pool, dy, a.m * w.rows) * max_abs(pool, w.absmax, blocks);
-    if (std::isfinite(largest)) {
-      return with_count<kFewRows>(
-          a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, w, dy, dx); });
-    }
+  if (are_few(a.m, w) && std::isfinite(largest_scaled(pool, dy, a.m, w))) {
+    return with_count<kFewRows>(
+        a.m, [&](auto m) { few_typed<decltype(m)::value, Wide>(pool, w, dy, dx); });
   }
   const auto make_fill = [&](auto panel) { return FillColumns<decltype(panel), Wide>{w}; };
   multiply_any<PanelOf<T>>(pool, dy, a.m, w.rows, w.cols, make_fill, nullptr, dx);

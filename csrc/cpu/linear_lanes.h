@@ -115,7 +115,7 @@ void linear_few(const Pool& pool, const float* x, int64_t stride, const Weight& 
 template <class T>
 void linear_pass(const Pool& pool, const float* x, int64_t stride, int64_t rows, const Weight& w,
                  const float* bias, T* y) {
-  if (rows <= kFewRows && scale_can_wait(max_abs(x, rows * stride))) {
+  if (rows <= kFewRows && may_meet_levels(max_abs(x, rows * stride))) {
     return with_count<kFewRows>(
         rows, [&](auto m) { linear_few<decltype(m)::value>(pool, x, stride, w, bias, y); });
   }

@@ -13,6 +13,6 @@ void run(int64_t count, int64_t grain, Pool::Task task, void* context) {
 
 }  // namespace
 
-const Pool kTorchPool{run};
+const Pool kTorchPool{run, [] { return int64_t{torch::stable::get_num_threads()}; }};
 
 }  // namespace gptj_q8
