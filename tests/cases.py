@@ -18,6 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [32, 64, 256, 4096]
 EMULATED = "cuda:emulated"
 """The CUDA kernels, run on the CPU."""
+NEEDS_CPU_KERNELS = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
+)
 
 
 @dataclass

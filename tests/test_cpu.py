@@ -13,17 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, TABLES, random_quantized
+from cases import DTYPES, NEEDS_CPU_KERNELS, TABLES, random_quantized
 from torch import Tensor
 
-from gptj_q8 import backends
 from gptj_q8.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
-)
+pytestmark = NEEDS_CPU_KERNELS
 
 
 def every_op(

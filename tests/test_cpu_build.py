@@ -11,18 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import NEEDS_CPU_KERNELS
 from cpu_driver import ROOT, build_driver, build_settings
 from setuptools import Distribution
 
-from gptj_q8 import backends
 from gptj_q8.backends import cpu
 
 LIBRARY = ROOT / "gptj_q8" / "_cpu.abi3.so"
 EMULATED_TILES = f'-DQ8_TILES="{ROOT / "tests" / "tiles_on_cpu.h"}"'
 
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason=f"cpu backend: {backends.unavailable('cpu')}"
-)
+pytestmark = NEEDS_CPU_KERNELS
 
 
 # What only the functions of an instruction set may contain, beside what those before it may.

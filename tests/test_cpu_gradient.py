@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, TABLES, check_product, random_quantized, relative_error
+from cases import DTYPES, NEEDS_CPU_KERNELS, TABLES, check_product, random_quantized, relative_error
 
-from gptj_q8 import backends
 from gptj_q8.backends import cpu
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        backends.unavailable("cpu") is not None,
-        reason=f"cpu backend: {backends.unavailable('cpu')}",
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), NEEDS_CPU_KERNELS]
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 5])

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, TABLES, check_product, numpy_quantize, random_quantized, relative_error
+from cases import (
+    DTYPES,
+    NEEDS_CPU_KERNELS,
+    TABLES,
+    check_product,
+    numpy_quantize,
+    random_quantized,
+    relative_error,
+)
 from torch import Tensor
 
-from gptj_q8 import backends, codebooks
+from gptj_q8 import codebooks
 from gptj_q8.backends import cpu
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        backends.unavailable("cpu") is not None,
-        reason=f"cpu backend: {backends.unavailable('cpu')}",
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), NEEDS_CPU_KERNELS]
 
 
 def _with_zero(levels: np.ndarray) -> Tensor:

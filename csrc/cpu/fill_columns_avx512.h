@@ -20,10 +20,6 @@ float largest_scaled(const Pool& pool, const T* dy, int64_t m, const Weight& w) 
   return max_abs(pool, dy, m * w.rows) * max_abs(pool, w.absmax, blocks);
 }
 
-// How many rows ahead rows of W are prefetched: each lies in another page, which no hardware
-// prefetcher follows.
-constexpr int64_t kAhead = 16;
-
 // 64 columns of one row of W, scaled; a row past the end is zeros.
 template <bool Wide>
 Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, int64_t k,
@@ -54,6 +50,22 @@ Q8_INLINE void decode_row(const FloatTable& table, const Weight& w, int64_t n, i
   for (int q = 0; q < 4; ++q) out[q] = _mm512_mul_ps(out[q], _mm512_load_ps(scale + 16 * q));
 }
 
+// Calls emit(n, k, step, panel) for each step of a place and each of its panels: rows n to
+// n + P::kWidth - 1 of W, columns k to k + 63.
+template <class P, class Emit>
+Q8_INLINE void walk_columns(const Weight& w, Place place, int64_t end, uint32_t* panels,
+                            const Emit& emit) {
+  // Each row lies in another page, which no hardware prefetcher follows.
+  constexpr int64_t kAhead = 16;
+  for (int64_t n = place.begin; n < end; n += P::kWidth) {
+    for (int64_t p = 0; p < place.panels; ++p) {
+      const int64_t k = place.column + p * kColumns;
+      for (int64_t i = 0; i < P::kWidth; ++i) prefetch(w.codes, (n + i + kAhead) * w.cols + k);
+      emit(n, k, (n - place.begin) / P::kWidth, panels + p * kPanelEntries<P>);
+    }
+  }
+}
+
 // Up to four panels: 256 bytes of a row. Xeon with AMX, two threads that only read, rows 4096 bytes
 // apart: 8.4 GB/s for 64 bytes of each row, 15 for 128, 17.6 for 256, 18.9 for 512.
 template <class P, bool Wide>
@@ -64,27 +76,21 @@ struct FillColumns {
   // panel[p][n][0:64] = W[begin + n, k + 64 p:k + 64 p + 64]
   void operator()(Place place, int64_t end, Place, uint32_t* panel) const {
     const FloatTable table(w.codebook);
-    for (int64_t n = place.begin; n < end; n += P::kWidth) {
-      const int64_t step = (n - place.begin) / P::kWidth;
-      for (int64_t p = 0; p < place.panels; ++p) {
-        const int64_t k = place.column + p * kColumns;
-        uint32_t* out = panel + p * kPanelEntries<P>;
-        for (int64_t i = 0; i < P::kWidth; ++i) prefetch(w.codes, (n + i + kAhead) * w.cols + k);
-        __m512 even[4];
-        decode_row<Wide>(table, w, n, k, even);
-        if constexpr (P::kWidth == 2) {
-          __m512 odd[4];
-          decode_row<Wide>(table, w, n + 1, k, odd);
-          for (int q = 0; q < 4; ++q) {
-            _mm512_store_si512(P::at(out, step, q), P::pairs(even[q], odd[q]));
-          }
-        } else {
-          for (int q = 0; q < 4; ++q) {
-            _mm512_store_ps(reinterpret_cast<float*>(P::at(out, step, q)), even[q]);
-          }
+    walk_columns<P>(w, place, end, panel, [&](int64_t n, int64_t k, int64_t step, uint32_t* out) {
+      __m512 even[4];
+      decode_row<Wide>(table, w, n, k, even);
+      if constexpr (P::kWidth == 2) {
+        __m512 odd[4];
+        decode_row<Wide>(table, w, n + 1, k, odd);
+        for (int q = 0; q < 4; ++q) {
+          _mm512_store_si512(P::at(out, step, q), P::pairs(even[q], odd[q]));
+        }
+      } else {
+        for (int q = 0; q < 4; ++q) {
+          _mm512_store_ps(reinterpret_cast<float*>(P::at(out, step, q)), even[q]);
         }
       }
-    }
+    });
   }
 };
 

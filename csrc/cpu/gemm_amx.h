@@ -70,10 +70,11 @@ struct Settling {
 };
 
 // Tall blocks of 16 rows of `a`, `stride` values apart, times a pair of columns of tiles: the sums
-// in registers 0 to 3 grow by `steps` of the reduction, while `work` goes on, `at_once` in a step.
+// in registers 0 to 3 grow by `steps` of the reduction. work() is done in each step: the vector
+// units are idle else.
 template <int Parts, int Tall, class Work>
 Q8_INLINE void add_products(const bf16* a, int64_t stride, const uint32_t* b, int64_t steps,
-                            int64_t at_once, Work& work) {
+                            const Work& work) {
   for (int64_t s = 0; s < steps; ++s) {
     tile_load<6>(b + s * 512, 64);
     tile_load<7>(b + s * 512 + 256, 64);
@@ -88,7 +89,7 @@ Q8_INLINE void add_products(const bf16* a, int64_t stride, const uint32_t* b, in
         tile_multiply_add<3, 5, 7>();
       }
     }
-    work.some(at_once);
+    work();
   }
 }
 
@@ -141,9 +142,10 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
     if constexpr (Levels) {
       for (int64_t s = 0; s < steps; s += segments.steps) {
         zero_sums<kTall>();
-        add_products<Parts, kTall>(rows + s * Parts * kTileValues, stride, pair + s * 512,
-                                   segments.steps, ceil_div(settling.left(), segments.steps),
-                                   settling);
+        const int64_t at_once = ceil_div(settling.left(), segments.steps);
+        add_products<Parts, kTall>(
+            rows + s * Parts * kTileValues, stride, pair + s * 512, segments.steps,
+            [&]() __attribute__((always_inline)) { settling.some(at_once); });
         store_sums<kTall>(sums[turn]);
         settling = {sums[turn], out,           segments.scales + s / segments.steps * kPair,
                     0,          kTall * kTile, first && s == 0};
@@ -151,7 +153,7 @@ void multiply_run(const TiledA<Parts>& a, int64_t step, int64_t steps, const uin
       }
     } else {
       first ? zero_sums<kTall>() : load_sums<kTall>(out);
-      add_products<Parts, kTall>(rows, stride, pair, steps, 0, settling);
+      add_products<Parts, kTall>(rows, stride, pair, steps, [] {});
       store_sums<kTall>(out);
     }
   };

@@ -26,22 +26,17 @@ struct FillLevelColumns {
   // panel[p][n][0:64] = levels of W[begin + n, k + 64 p:k + 64 p + 64]; zeros in rows past the end.
   void operator()(Place place, int64_t end, uint32_t* panel) const {
     const Table table(w.codebook, as_bf16);
-    for (int64_t n = place.begin; n < end; n += 2) {
-      for (int64_t p = 0; p < place.panels; ++p) {
-        const int64_t k = place.column + p * kColumns;
-        for (int64_t i = 0; i < 2; ++i) prefetch(w.codes, (n + i + kAhead) * w.cols + k);
-        uint32_t* out = panel + p * kPanelEntries<TilePanel>;
-        const int64_t step = (n - place.begin) / 2;
-        __m512i levels[4] = {};
-        if (n < w.rows) {
-          const __m512i even = row(n, k);
-          const __m512i odd = n + 1 < w.rows ? row(n + 1, k) : even;
-          decode64(table, _mm512_unpacklo_epi8(even, odd), &levels[0], &levels[1]);
-          decode64(table, _mm512_unpackhi_epi8(even, odd), &levels[2], &levels[3]);
-        }
-        for (int q = 0; q < 4; ++q) _mm512_store_si512(TilePanel::at(out, step, q), levels[q]);
-      }
-    }
+    walk_columns<TilePanel>(
+        w, place, end, panel, [&](int64_t n, int64_t k, int64_t step, uint32_t* out) {
+          __m512i levels[4] = {};
+          if (n < w.rows) {
+            const __m512i even = row(n, k);
+            const __m512i odd = n + 1 < w.rows ? row(n + 1, k) : even;
+            decode64(table, _mm512_unpacklo_epi8(even, odd), &levels[0], &levels[1]);
+            decode64(table, _mm512_unpackhi_epi8(even, odd), &levels[2], &levels[3]);
+          }
+          for (int q = 0; q < 4; ++q) _mm512_store_si512(TilePanel::at(out, step, q), levels[q]);
+        });
   }
 
  private:
@@ -153,7 +148,7 @@ struct LevelStrip {
       n == 0 ? zero_sums<Tall>() : load_sums<Tall>(out);
       add_products<Parts, Tall>(tiles_of(block), Rows::kBlock,
                                 TilePanel::at(panel, n % kDepth<TilePanel> / 2, p % 2 * 2), steps,
-                                at_once, next);
+                                [&]() __attribute__((always_inline)) { next.some(at_once); });
       store_sums<Tall>(out);
     }
     next.some(next.left());

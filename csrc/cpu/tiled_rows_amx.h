@@ -36,8 +36,7 @@ struct TiledA {
   TiledA(const Pool& pool, const T* a, int64_t rows, int64_t depth)
       : blocks(ceil_div(rows, kTile)),
         steps(ceil_div(depth, kTileDepth)),
-        values(blocks * steps * Parts * kTileValues),
-        largest(0.0f) {
+        values(blocks * steps * Parts * kTileValues) {
     Scratch<float> most(blocks);
     auto copy = [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
@@ -46,9 +45,7 @@ struct TiledA {
       }
     };
     parallel(pool, blocks, 1 + 2048 / depth, copy);
-    for (int64_t b = 0; b < blocks; ++b) {
-      if (most.data()[b] > largest) largest = most.data()[b];
-    }
+    largest = max_abs(most.data(), blocks);
   }
 
   Q8_INLINE bf16* at(int64_t block, int64_t step) const {
